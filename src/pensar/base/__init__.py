@@ -1,0 +1,1 @@
+"""What every room stands on: configuration, stages and their artifacts, ranks, files, progress, errors."""

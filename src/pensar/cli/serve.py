@@ -1,0 +1,1 @@
+"""`pensar serve`: an OpenAI-compatible server over one model directory."""

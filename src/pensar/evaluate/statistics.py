@@ -1,0 +1,44 @@
+"""Estimates with their intervals: shares (Wilson), pass@k (Chen et al., 2021), rank-free and closed-form."""
+
+import math
+
+import msgspec
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """A share with its 95% interval and the number of trials."""
+
+    score: float
+    low: float
+    high: float
+    n: int
+
+
+def share(successes: float, n: int) -> Estimate:
+    """Wilson's score interval (1927) at 95%: holds for few trials and for shares near zero and one."""
+    if n == 0:
+        return Estimate(0.0, 0.0, 1.0, 0)
+    z = 1.959964
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def pass_at(k: int, n: int, correct: int) -> float:
+    """Unbiased estimate of the probability that at least one of k samples is right, from `correct` of n
+    (arXiv 2107.03374, equation 1)."""
+    if n - correct < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - correct + 1, n + 1))
+
+
+def mean(values: list[float]) -> Estimate:
+    """Mean of per-problem estimates with its normal 95% interval."""
+    n = len(values)
+    if n == 0:
+        return Estimate(0.0, 0.0, 1.0, 0)
+    average = sum(values) / n
+    variance = sum((value - average) ** 2 for value in values) / max(n - 1, 1)
+    half = 1.959964 * math.sqrt(variance / n)
+    return Estimate(average, max(0.0, average - half), min(1.0, average + half), n)

@@ -1,0 +1,81 @@
+"""Thinking: where each reply stands with its thinking block, and the budget that closes the block.
+
+One state machine over token ids counts the reasoning tokens and decides when the budget is spent, so the two cannot
+disagree. It reads a reply as pensar.text.reply does: reasoning is the block at the very beginning, if there is one.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from pensar.base.errors import ModelError
+from pensar.infer.request import Ints
+from pensar.infer.sampling import Rows
+from pensar.text.chat import encode_stop_sentence
+from pensar.text.tokenizer import THINK, THINK_END, TURN_START, Tokenizer
+
+BEGINNING, THINKING, ANSWER = 0, 1, 2
+"""Phases: nothing but blanks so far, inside the block, after it or never in one."""
+
+NO_BUDGET = np.iinfo(np.int64).max
+NOT_FORCED = -1
+
+Bools = npt.NDArray[np.bool_]
+
+
+class Thinking:
+    """The machine for one tokenizer; the state of each row lives in the fields phase, reasoning, budget, forced_at."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        control = tokenizer.control_tokens
+        missing = [name for name in (THINK, THINK_END, TURN_START) if name not in control]
+        if missing:
+            raise ModelError(
+                f"the tokenizer lacks {', '.join(missing)}; a thinking budget needs Qwen3's control tokens"
+            )
+        self.open_id, self.close_id, self._turn_id = control[THINK], control[THINK_END], control[TURN_START]
+        self.stop_sentence: Ints = np.asarray(encode_stop_sentence(tokenizer), np.int64)
+        self._blank: dict[int, bool] = {}
+
+    def phase_of(self, prompt: Ints) -> int:
+        """The phase in which a reply to `prompt` begins, read from the prompt's last turn."""
+        turns = np.flatnonzero(prompt == self._turn_id)
+        turn = prompt[turns[-1] :] if len(turns) else prompt
+        tags = turn[(turn == self.open_id) | (turn == self.close_id)]
+        if not len(tags):
+            return BEGINNING
+        return THINKING if tags[-1] == self.open_id else ANSWER
+
+    def force(self, rows: Rows, ids: Ints) -> tuple[Ints, Bools]:
+        """Replaces sampled ids by the stop sentence where a budget is spent; returns ids and which were forced.
+
+        A block that closes itself with exactly `budget` tokens inside is left alone. Call `count` afterwards.
+        """
+        forced_at = rows["forced_at"]
+        spent = (rows["phase"] == THINKING) & (rows["reasoning"] >= rows["budget"]) & (ids != self.close_id)
+        forced: Bools = spent | (forced_at != NOT_FORCED)
+        if forced.any():
+            at = np.maximum(forced_at, 0)
+            ids = np.where(forced, self.stop_sentence[at], ids)
+            after = np.where(at + 1 < len(self.stop_sentence), at + 1, NOT_FORCED)
+            rows["forced_at"] = np.where(forced, after, NOT_FORCED)
+        return ids, forced
+
+    def count(self, rows: Rows, ids: Ints, ignored: Bools) -> None:
+        """Moves the phases on by one token per row; `ignored` tokens (forced, stop) are not counted as reasoning."""
+        phase = rows["phase"]
+        thinking = phase == THINKING
+        closing = thinking & (ids == self.close_id)
+        rows["reasoning"] += thinking & ~closing & ~ignored
+        phase[closing] = ANSWER
+        for row in np.flatnonzero(phase == BEGINNING):  # the first token or two of a reply
+            token = int(ids[row])
+            if token == self.open_id:
+                phase[row] = THINKING
+            elif not self._is_blank(token):
+                phase[row] = ANSWER
+
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = not self._tokenizer.decode([token]).strip()
+        return self._blank[token]

@@ -1,0 +1,159 @@
+"""Rollouts: replies of a model to tasks, with tools answered in between, scored by the tasks' verifiers.
+
+Tokens go in and tokens come out: a reply is never decoded and encoded again on its way to the trainer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+from pensar.base.config import Config
+from pensar.base.files import seed_of
+from pensar.infer.engine import Completion, Engine, Request, SamplingParams
+from pensar.tasks.task import Task
+from pensar.tasks.tools import respond
+from pensar.tasks.verifiers import Score, verify
+from pensar.text.chat import encode_prompt, parse_reply
+from pensar.text.conversation import Conversation, Message
+from pensar.text.sample import Sample
+from pensar.text.tokenizer import TURN_END, Tokenizer
+
+
+class RolloutConfig(Config):
+    """How replies are drawn."""
+
+    max_tokens: int = 96
+    """Limit for each assistant turn."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    """Reinforcement learning needs 1: a cut distribution is not the one whose probabilities the trainer computes."""
+    top_k: int = 0
+    thinking_budget: int | None = None
+    """Reasoning tokens after which the answer is asked for."""
+    max_calls: int = 2
+    """Tool calls answered before the conversation is stopped."""
+
+
+@dataclass
+class Rollout:
+    """One reply as tokens: which were sampled, and how likely they were."""
+
+    task: Task
+    tokens: list[int]
+    sampled: list[bool]
+    logprobs: list[float]
+    turns: list[Message] = field(default_factory=list)
+    finish: str = ""
+    score: Score = Score(0.0)
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(self.sampled)
+
+    def sample(self, advantage: float) -> Sample:
+        """The training row of the policy gradient."""
+        mask = np.asarray(self.sampled, np.float32)
+        return Sample(
+            tokens=np.asarray(self.tokens, np.int32),
+            pg=mask * np.float32(advantage),
+            behaviour=np.asarray(self.logprobs, np.float32),
+            source=self.task.id,
+        )
+
+    def taught(self) -> Sample:
+        """The training row of on-policy distillation: the teacher's distribution at every sampled token."""
+        return Sample(
+            tokens=np.asarray(self.tokens, np.int32), kl=np.asarray(self.sampled, np.float32), source=self.task.id
+        )
+
+    def record(self) -> dict[str, object]:
+        """What is kept on disk of every rollout."""
+        return {
+            "task": self.task.id,
+            "prompt": self.task.prompt,
+            "thinking": self.task.thinking,
+            "turns": msgspec.to_builtins(self.turns),
+            "score": self.score.value,
+            "reason": self.score.reason,
+            "finish": self.finish,
+            "tokens": self.num_sampled,
+        }
+
+
+def prompt_mode(task: Task) -> bool | None:
+    """False, which gives the empty thinking block, only where the task wants no thinking and no flag says so."""
+    flagged = any("/no_think" in text for text in (task.prompt, *(m.content for m in task.history)))
+    return False if task.thinking is False and not flagged else None
+
+
+def roll(
+    engine: Engine, tokenizer: Tokenizer, tasks: Sequence[Task], config: RolloutConfig, seeds: Sequence[int]
+) -> list[Rollout]:
+    """One finished and scored rollout per task, in order; `seeds` fixes each one's draw whatever its neighbours."""
+    rollouts = []
+    for task in tasks:
+        tokens = encode_prompt(tokenizer, task.conversation(), thinking=prompt_mode(task))
+        rollouts.append(Rollout(task, tokens, [False] * len(tokens), [0.0] * len(tokens)))
+    active = list(range(len(tasks)))
+    for turn in range(config.max_calls + 1):
+        requests = [
+            Request(
+                id=str(i),
+                tokens=rollouts[i].tokens,
+                params=SamplingParams(
+                    max_tokens=config.max_tokens,
+                    temperature=config.temperature,
+                    top_k=config.top_k,
+                    top_p=config.top_p,
+                    seed=seed_of(seeds[i], turn),
+                    thinking_budget=config.thinking_budget,
+                    stop_ids=(tokenizer.eos_id,),
+                    logprobs=True,
+                ),
+            )
+            for i in active
+        ]
+        waiting = []
+        for i, completion in zip(active, engine.run(requests), strict=True):
+            if _append(rollouts[i], completion, tokenizer) and turn < config.max_calls:
+                waiting.append(i)
+        if not waiting:
+            break
+        active = waiting
+    for rollout in rollouts:
+        if rollout.finish == "stop":
+            rollout.score = verify(rollout.task, rollout.turns)
+        else:
+            rollout.score = Score(0.0, "unfinished")
+    return rollouts
+
+
+def _append(rollout: Rollout, completion: Completion, tokenizer: Tokenizer) -> bool:
+    """Adds a reply; if it calls tools, adds their answers as well and returns True: the model has the word again."""
+    rollout.tokens = rollout.tokens + list(completion.tokens)
+    rollout.sampled = rollout.sampled + [not forced for forced in completion.forced]
+    rollout.logprobs = rollout.logprobs + list(completion.logprobs)
+    rollout.finish = completion.finish_reason
+    text = tokenizer.decode([token for token in completion.tokens if token != tokenizer.eos_id])
+    reply = parse_reply(text)
+    rollout.turns.append(reply)
+    if not reply.tool_calls or completion.finish_reason != "stop":
+        return False
+    results = [respond(rollout.task, call.name, call.arguments) for call in reply.tool_calls]
+    answers = [Message(role="tool", content=result) for result in results]
+    rollout.turns.extend(answers)
+    tail = tool_turn(tokenizer, answers)
+    rollout.tokens += tail
+    rollout.sampled += [False] * len(tail)
+    rollout.logprobs += [0.0] * len(tail)
+    return True
+
+
+def tool_turn(tokenizer: Tokenizer, answers: Sequence[Message]) -> list[int]:
+    """The tokens between a reply's `<|im_end|>` and the next reply: the tools' answers and the opened turn."""
+    before = (Message(role="user", content="?"), Message(role="assistant", content="!"))
+    tokens = encode_prompt(tokenizer, Conversation(messages=(*before, *answers)))
+    ends = [index for index, token in enumerate(tokens) if token == tokenizer.special(TURN_END)]
+    return tokens[ends[-2] + 1 :]

@@ -1,0 +1,136 @@
+"""SparseMLP: the mixture of experts of Qwen3-MoE, and the load-balancing loss over the global batch.
+
+The router is a softmax in float32 over all experts; the k best are renormalised and no token is dropped.
+Shape legend: N tokens, D hidden, E experts, I expert width, k experts per token, M = N k, L layers.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pensar.model.config import ModelConfig
+
+
+class Routing(NamedTuple):
+    """What the router of one layer did with the tokens of a forward pass."""
+
+    probabilities: Tensor
+    """[N, E]: softmax over all experts, float32, with its gradient."""
+    counts: Tensor
+    """[E]: tokens sent to each expert, padding included."""
+    chosen: Tensor
+    """[N, k]: the experts of each token."""
+
+
+class Experts(nn.Module):
+    """The SwiGLU weights of all experts of a layer, stacked."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        num, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(num, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(num, hidden, width))
+
+    def forward(self, sorted_x_MD: Tensor, counts_E: Tensor) -> Tensor:
+        """SwiGLU of rows that are sorted by expert."""
+        gate, up = grouped(sorted_x_MD, self.gate_up_proj, counts_E).chunk(2, dim=-1)
+        return grouped(F.silu(gate) * up, self.down_proj, counts_E)
+
+
+class SparseMLP(nn.Module):
+    """Sends every token to its k best experts and adds their outputs, weighted by the router."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_experts, self.k = config.num_experts, config.experts_per_token
+        self.norm_topk_prob = config.norm_topk_prob
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config)
+        self.routing: Routing | None = None
+        """Of the last forward pass in training mode, for the balance loss."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the routing, whose gradient history can neither be copied nor sent to another process."""
+        return self.__dict__ | {"routing": None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_ND = x.reshape(-1, x.shape[-1])
+        probabilities_NE = F.linear(x_ND.float(), self.gate.weight.float()).softmax(-1)
+        weights_Nk, chosen_Nk = probabilities_NE.topk(self.k, dim=-1)
+        if self.norm_topk_prob:
+            weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdim=True)
+        order_M = chosen_Nk.flatten().argsort(stable=True)
+        counts_E = torch.bincount(chosen_Nk.flatten(), minlength=self.num_experts)
+        self.routing = Routing(probabilities_NE, counts_E, chosen_Nk) if self.training else None
+        token_M = order_M // self.k
+        out_MD = self.experts(x_ND[token_M], counts_E) * weights_Nk.flatten()[order_M, None].to(x.dtype)
+        return torch.zeros_like(x_ND).index_add(0, token_M, out_MD).view_as(x)
+
+
+def grouped(x_MD: Tensor, w_EOD: Tensor, counts_E: Tensor) -> Tensor:
+    """Rows sorted by expert, each times its expert's matrix: [M, D] -> [M, O].
+
+    One fused call where the library has a kernel (bfloat16, and float32 on a CPU, rows of whole 16 bytes,
+    not compiled), else one product per expert. On one core, forward and backward, the fused call is 3 to 13%
+    faster at 8 experts and 4,096 tokens, 1.2 times at 64 tokens, twice as fast at 128 experts and 8 tokens.
+    """
+    whole = all(size * x_MD.element_size() % 16 == 0 for size in w_EOD.shape[1:])
+    kernel = x_MD.dtype == torch.bfloat16 or (x_MD.dtype == torch.float32 and x_MD.device.type == "cpu")
+    if whole and kernel and hasattr(F, "grouped_mm") and not torch.compiler.is_compiling():
+        return F.grouped_mm(x_MD, w_EOD.transpose(1, 2), offs=counts_E.cumsum(0, dtype=torch.int32))
+    rows: Sequence[Tensor] = x_MD.split(counts_E.tolist())  # type: ignore[no-untyped-call]
+    return torch.cat([F.linear(row, w_OD) for row, w_OD in zip(rows, w_EOD.unbind(), strict=True)])
+
+
+def routings(model: nn.Module) -> list[Routing]:
+    """Of every sparse layer, in order, after a forward pass in training mode; empty for a dense model."""
+    return [
+        module.routing
+        for module in model.modules()
+        if isinstance(module, SparseMLP) and module.routing is not None
+    ]
+
+
+def expert_counts(layers: Sequence[Routing], real_N: Tensor | None = None) -> Tensor:
+    """Tokens per layer and expert [L, E], float32, to be summed over micro-batches and processes.
+
+    `real_N` is True for tokens that count; None when there is no padding.
+    """
+    if real_N is None:
+        return torch.stack([layer.counts for layer in layers]).float()
+    num_experts = layers[0].counts.numel()
+    return torch.stack(
+        [torch.bincount(layer.chosen[real_N].flatten(), minlength=num_experts) for layer in layers]
+    ).float()
+
+
+def balance_loss(
+    layers: Sequence[Routing],
+    counts_LE: Tensor,
+    *,
+    num_tokens: float | None = None,
+    real_N: Tensor | None = None,
+) -> Tensor:
+    """E sum_e f_e P_e, mean over the layers (arXiv 2501.11873): 1 at balance, E / k when k experts get all.
+
+    f is the share of the assignments that each expert received in the *global* batch, without gradient;
+    `counts_LE` is `expert_counts` summed over all its micro-batches and processes. P is this micro-batch's
+    part of the mean router probability over the global batch, so that the losses of all micro-batches and
+    processes add up to the loss of the whole batch, and so do their gradients.
+    `num_tokens` is the size of the global batch where the counts are those of another batch, as when the last
+    step's counts stand in for those of a step still under way; None takes it from the counts.
+    """
+    counts_LE = counts_LE.detach()
+    assignments_L = counts_LE.sum(-1, keepdim=True)
+    frequency_LE = counts_LE / assignments_L
+    if num_tokens is None:
+        num_tokens = float(assignments_L[0]) / layers[0].chosen.shape[1]
+    probability_LE = torch.stack([_kept(layer.probabilities, real_N).sum(0) / num_tokens for layer in layers])
+    return counts_LE.shape[-1] * (frequency_LE * probability_LE).sum(-1).mean()
+
+
+def _kept(probabilities_NE: Tensor, real_N: Tensor | None) -> Tensor:
+    return probabilities_NE if real_N is None else probabilities_NE[real_N]

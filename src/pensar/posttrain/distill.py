@@ -1,0 +1,166 @@
+"""Strong-to-weak distillation: the teacher's replies first, then its distribution on the student's own replies."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from pensar.base.config import Config
+from pensar.base.files import read_jsonl, seed_of
+from pensar.base.progress import Progress
+from pensar.base.ranks import World
+from pensar.base.stage import Counts, Runtime
+from pensar.infer.engine import Engine
+from pensar.model.weights import load_model, save_model
+from pensar.posttrain.examples import Example, encode, in_batches
+from pensar.posttrain.grpo import keep_rollouts, micro_batches, truncate_rollouts
+from pensar.infer.rollout import Rollout, RolloutConfig, roll
+from pensar.tasks.problems import with_mode
+from pensar.tasks.task import Task
+from pensar.text.conversation import Conversation
+from pensar.text.tokenizer import Tokenizer
+from pensar.train import checkpoint
+from pensar.train.loop import LoopConfig, Place, fit
+from pensar.train.optimizer import Optimizer, OptimizerConfig
+from pensar.train.schedule import rate
+from pensar.train.step import train_step
+
+
+class OffPolicyConfig(LoopConfig):
+    """Response distillation: the student learns the teacher's replies in both modes."""
+
+    steps: int = 100
+    seed: int = 1
+    queries: str = "general"
+    num_queries: int = 1_500
+    batch_size: int = 32
+    rollout: RolloutConfig = RolloutConfig(temperature=0.6, top_p=0.95, top_k=20)
+
+
+class OnPolicyConfig(LoopConfig):
+    """On-policy distillation: the student samples, the teacher's distribution is the target."""
+
+    steps: int = 40
+    seed: int = 1
+    queries: str = "reinforcement"
+    prompts: int = 64
+    """One reply for each."""
+    thinking_share: float = 1.0
+    """Share of prompts asked in thinking mode."""
+    rollout: RolloutConfig = RolloutConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(muon=False, adamw_lr=2e-3)
+
+
+def off_policy(config: OffPolicyConfig, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> Counts:
+    """Reads `model` (the student), `teacher` and `tasks`."""
+    return runtime.crew.call(_off_policy, config, dict(inputs), out, runtime.logs, runtime.progress)
+
+
+def on_policy(config: OnPolicyConfig, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> Counts:
+    """Reads `model` (the student), `teacher` and `tasks`; teacher and student share one tokenizer."""
+    return runtime.crew.call(_on_policy, config, dict(inputs), out, runtime.logs, runtime.progress)
+
+
+def teacher_examples(
+    config: OffPolicyConfig, teacher: Engine, tokenizer: Tokenizer, tasks: list[Task], world: World
+) -> list[Example]:
+    """The teacher's finished replies to the tasks, each a training conversation; wrong ones are left out."""
+    mine = list(range(len(tasks)))[world.rank :: world.size]
+    seeds = [seed_of(config.seed, "teacher", i) for i in mine]
+    rollouts = roll(teacher, tokenizer, [tasks[i] for i in mine], config.rollout, seeds)
+    pairs = [pair for part in world.gather(list(zip(mine, rollouts, strict=True))) for pair in part]
+    pairs.sort(key=lambda pair: pair[0])
+    examples: list[Example] = []
+    for _, rollout in pairs:
+        if rollout.score.value > 0:
+            examples.extend(examples_of(rollout))
+    return examples
+
+
+def examples_of(rollout: Rollout) -> list[Example]:
+    """One example for each assistant turn of a rollout, with everything before it as context."""
+    task = rollout.task
+    found = []
+    for index, turn in enumerate(rollout.turns):
+        if turn.role == "assistant":
+            messages = (*task.conversation().messages, *rollout.turns[: index + 1])
+            flagless = task.thinking is False and "/no_think" not in task.prompt and not task.history
+            if turn.reasoning_content is not None and not turn.reasoning_content.strip():
+                clean = msgspec.structs.replace(turn, reasoning_content=None)
+                messages = (*messages[:-1], clean)
+            conversation = Conversation(messages=messages, tools=task.tools)
+            thinking = False if flagless else None
+            found.append(Example(id=task.id, conversation=conversation, thinking=thinking, kind=task.family))
+    return found
+
+
+def _off_policy(
+    world: World, config: OffPolicyConfig, inputs: dict[str, Path], out: Path, logs: Path, progress: Progress
+) -> Counts:
+    place = Place(out, logs, world, progress)
+    tokenizer = Tokenizer.load(inputs["teacher"])
+    teacher = Engine(load_model(inputs["teacher"]), tokenizer, slots=128)
+    tasks = list(read_jsonl(inputs["tasks"] / "train" / f"{config.queries}.jsonl", Task))[: config.num_queries]
+    examples = teacher_examples(config, teacher, tokenizer, tasks, world)
+    student = load_model(inputs["model"])
+    batches_of = in_batches(encode(tokenizer, examples), config.batch_size, config.seed)
+    fit(student, batches_of, config, place, name="off-policy distillation")
+    checkpoint.discard(out, world)
+    if world.rank == 0:
+        save_model(student, out)
+        tokenizer.save(out)
+    return {"queries": len(tasks), "examples": len(examples), "steps": config.steps}
+
+
+def _on_policy(
+    world: World, config: OnPolicyConfig, inputs: dict[str, Path], out: Path, logs: Path, progress: Progress
+) -> Counts:
+    place = Place(out, logs, world, progress)
+    tokenizer = Tokenizer.load(inputs["model"])
+    teacher, student = load_model(inputs["teacher"]), load_model(inputs["model"])
+    engine = Engine(student, tokenizer, slots=max(64, config.prompts // world.size))
+    queries = list(read_jsonl(inputs["tasks"] / "train" / f"{config.queries}.jsonl", Task))
+    optimizer = Optimizer(student, config.optimizer)
+    first, _ = checkpoint.resume(out, student, optimizer)
+    metrics = place.metrics()
+    if metrics:
+        metrics.rewind(first - 1)
+        truncate_rollouts(out, first)
+    with place.progress.track("on-policy distillation", config.steps) as shown:
+        shown.advance(first)
+        for step in range(first, config.steps):
+            started = time.perf_counter()
+            chosen = np.random.default_rng(seed_of(config.seed, "prompts", step)).permutation(len(queries))
+            mine = [int(i) for i in chosen[: config.prompts]][world.rank :: world.size]
+            tasks = [_in_mode(queries[i], config, step, i) for i in mine]
+            seeds = [seed_of(config.seed, step, i) for i in mine]
+            rolled = roll(engine, tokenizer, tasks, config.rollout, seeds)
+            rollouts = [rollout for part in world.gather(rolled) for rollout in part]
+            rows = sorted((rollout.taught() for rollout in rollouts), key=len)
+            scale = rate(config.schedule, step, config.steps)
+            values = train_step(student, optimizer, micro_batches(rows), scale, world, config.loss, teacher)
+            values["reward"] = float(np.mean([rollout.score.value for rollout in rollouts]))
+            if metrics:
+                keep_rollouts(out, step, rollouts)
+                metrics.log(step, **values)
+                seconds = time.perf_counter() - started
+                metrics.timing(step, seconds=seconds, tokens_per_second=values["tokens"] / seconds)
+            shown.advance(1, reward=values["reward"])
+            if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+                checkpoint.save(out, student, optimizer, step + 1, world)
+    if metrics:
+        metrics.close()
+    checkpoint.discard(out, world)
+    if world.rank == 0:
+        save_model(student, out)
+        tokenizer.save(out)
+    return {"queries": len(queries), "rollouts": config.steps * config.prompts, "steps": config.steps}
+
+
+def _in_mode(task: Task, config: OnPolicyConfig, step: int, index: int) -> Task:
+    if task.thinking is not None:
+        return task
+    draw = seed_of(config.seed, "mode", step, index) % 1_000_000 / 1_000_000
+    return with_mode(task, draw < config.thinking_share)

@@ -1,0 +1,76 @@
+"""The six response filters of the long-CoT cold start (Qwen3 report, section 4.1), and its query filters."""
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+
+from pensar.base.config import Config
+from pensar.tasks.task import Task
+from pensar.tasks.verifiers import verify
+from pensar.text.conversation import Message
+
+
+class ResponseFilters(Config):
+    """Thresholds of the filters; a candidate is dropped by the first that objects."""
+
+    max_repeats: int = 3
+    """The same step may stand this often in the reasoning."""
+    min_steps: int = 1
+    """Steps of reasoning below which a right answer counts as guesswork. A strict value asks for every step."""
+    similarity: float = 0.9
+    """Jaccard similarity of character 5-grams with a validation problem from which a query counts as leaked."""
+
+
+def objection(task: Task, reply: Message, config: ResponseFilters, validation: Sequence[frozenset[str]]) -> str | None:
+    """The name of the first filter that drops the reply, or None."""
+    reasoning = reply.reasoning_content or ""
+    checks: tuple[tuple[str, Callable[[], bool]], ...] = (
+        ("wrong answer", lambda: verify(task, (reply,)).value < 1),
+        ("repetition", lambda: repeats(reasoning) > config.max_repeats),
+        ("guesswork", lambda: len(steps_of(reasoning)) < config.min_steps),
+        ("thinking and answer disagree", lambda: conclusion(reasoning) != reply.content.strip()),
+        ("mixed scripts", lambda: not scripts(reasoning + reply.content) <= scripts(task.prompt)),
+        ("similar to validation", lambda: leaked(task.prompt, validation, config.similarity)),
+    )
+    return next((name for name, found in checks if found()), None)
+
+
+def steps_of(reasoning: str) -> list[str]:
+    """The results that the reasoning arrives at one after another: what follows each `=` or `>`."""
+    return re.findall(r"[=>]\s*([^\s=>]+?)(?=[=>\s+*-]|$)", reasoning)
+
+
+def repeats(reasoning: str) -> int:
+    """How often the commonest stretch of twelve characters occurs."""
+    counts: dict[str, int] = {}
+    for start in range(len(reasoning) - 11):
+        piece = reasoning[start : start + 12]
+        counts[piece] = counts.get(piece, 0) + 1
+    return max(counts.values(), default=0)
+
+
+def conclusion(reasoning: str) -> str:
+    """The last result in the reasoning."""
+    steps = steps_of(reasoning)
+    return steps[-1] if steps else ""
+
+
+def scripts(text: str) -> set[str]:
+    """First words of the Unicode names of its letters, such as LATIN or CYRILLIC."""
+    return {unicodedata.name(letter, "?").split()[0] for letter in text if letter.isalpha()} | {"LATIN"}
+
+
+def shingles(text: str) -> frozenset[str]:
+    """Character 5-grams."""
+    return frozenset(text[start : start + 5] for start in range(max(1, len(text) - 4)))
+
+
+def leaked(prompt: str, validation: Sequence[frozenset[str]], threshold: float) -> bool:
+    """Whether the prompt is close to a validation problem."""
+    own = shingles(prompt)
+    return any(len(own & other) / len(own | other) >= threshold for other in validation)
+
+
+def several_questions(prompt: str) -> bool:
+    """Queries of several sub-questions have no single answer to verify."""
+    return prompt.count("?") > 1

@@ -1,0 +1,215 @@
+"""GRPO: group-relative policy optimisation on verifiable tasks (arXiv 2402.03300; Qwen3 report, section 4.2).
+
+Each step draws a group of replies for each of many prompts; a reply's advantage is its score less the group's mean,
+over the group's deviation. Groups that all succeed or all fail teach nothing and are left out.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from pensar.base.config import Config
+from pensar.base.errors import DataError
+from pensar.base.files import read_jsonl, seed_of, write_atomic
+from pensar.base.progress import Progress
+from pensar.base.ranks import World
+from pensar.base.stage import Counts, Runtime
+from pensar.infer.engine import Engine
+from pensar.model.qwen3 import Qwen3
+from pensar.model.weights import load_model, save_model
+from pensar.posttrain.examples import one_per_row
+from pensar.infer.rollout import Rollout, RolloutConfig, roll
+from pensar.tasks.task import Task
+from pensar.text.packing import Batch
+from pensar.text.sample import Sample
+from pensar.text.tokenizer import Tokenizer
+from pensar.train import checkpoint
+from pensar.train.loop import LoopConfig, Place
+from pensar.train.optimizer import Optimizer, OptimizerConfig
+from pensar.train.schedule import ScheduleConfig, rate
+from pensar.train.step import train_step
+
+
+class GrpoConfig(LoopConfig):
+    """Reinforcement learning with verifiable rewards."""
+
+    steps: int = 40
+    seed: int = 1
+    prompts: int = 32
+    """Prompts per step."""
+    group: int = 8
+    """Replies per prompt."""
+    minibatches: int = 2
+    """Optimiser steps per set of rollouts; more than one is off-policy and saves samples."""
+    rollout: RolloutConfig = RolloutConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(muon=False, adamw_lr=5e-4)
+    schedule: ScheduleConfig = ScheduleConfig(kind="constant", warmup=0.0)
+    checkpoint_every: int = 10
+    queries: str = "reinforcement"
+    """Name of the problem set within the train split."""
+    probe: int = 8
+    """Replies per query by which learnable queries are chosen beforehand; 0 takes all queries."""
+    probe_queries: int = 512
+    easiest: float = 0.9
+    """Queries whose pass rate is above this are left out: they have nothing left to teach."""
+    thinking: bool | None = True
+    """Mode in which queries without a mode of their own are put."""
+
+
+def run(config: GrpoConfig, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> Counts:
+    """Reads `model` and the sets of `tasks`; fills `out` with the better model and every rollout."""
+    place = runtime.logs, runtime.progress
+    return runtime.crew.call(_on_rank, config, dict(inputs), out, *place)
+
+
+def advantages(scores: Sequence[float]) -> np.ndarray | None:
+    """Group-relative advantages; None where all replies of the group score alike."""
+    values = np.asarray(scores, np.float64)
+    deviation = values.std()
+    return None if deviation < 1e-6 else (values - values.mean()) / deviation
+
+
+def _on_rank(
+    world: World, config: GrpoConfig, inputs: dict[str, Path], out: Path, logs: Path, progress: Progress
+) -> Counts:
+    place = Place(out, logs, world, progress)
+    model, tokenizer = load_model(inputs["model"]), Tokenizer.load(inputs["model"])
+    engine = Engine(model, tokenizer, slots=max(64, config.prompts * config.group // world.size))
+    queries = _queries(config, inputs["tasks"], engine, tokenizer, place)
+    optimizer = Optimizer(model, config.optimizer)
+    first, _ = checkpoint.resume(out, model, optimizer)
+    metrics = place.metrics()
+    if metrics:
+        metrics.rewind(first - 1)
+        truncate_rollouts(out, first)
+    with place.progress.track(out.name.rsplit("-", 1)[0], config.steps) as shown:
+        shown.advance(first)
+        for step in range(first, config.steps):
+            started = time.perf_counter()
+            values, rollouts = _step(step, config, queries, model, engine, tokenizer, optimizer, world)
+            if metrics:
+                keep_rollouts(out, step, rollouts)
+                metrics.log(step, **values)
+                seconds = time.perf_counter() - started
+                metrics.timing(step, seconds=seconds, tokens_per_second=values["tokens"] / seconds)
+            shown.advance(1, reward=values["reward"])
+            if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+                checkpoint.save(out, model, optimizer, step + 1, world)
+    if metrics:
+        metrics.close()
+    checkpoint.discard(out, world)
+    if world.rank == 0:
+        save_model(model, out)
+        tokenizer.save(out)
+    num_rollouts = config.steps * config.prompts * config.group
+    return {"queries": len(queries), "rollouts": num_rollouts, "steps": config.steps}
+
+
+def _step(
+    step: int,
+    config: GrpoConfig,
+    queries: Sequence[Task],
+    model: Qwen3,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    optimizer: Optimizer,
+    world: World,
+) -> tuple[dict[str, float], list[Rollout]]:
+    """One set of rollouts and the optimiser steps on it; the same metrics and rollouts on every rank."""
+    chosen = np.random.default_rng(seed_of(config.seed, "prompts", step)).permutation(len(queries))
+    groups = [(int(i), config.group) for i in chosen[: config.prompts]][world.rank :: world.size]
+    tasks = [queries[i] for i, size in groups for _ in range(size)]
+    seeds = [seed_of(config.seed, step, i, n) for i, size in groups for n in range(size)]
+    rollouts = roll(engine, tokenizer, tasks, config.rollout, seeds)
+    samples: list[Sample] = []
+    for start in range(0, len(rollouts), config.group):
+        group = rollouts[start : start + config.group]
+        advantage = advantages([rollout.score.value for rollout in group])
+        if advantage is not None:
+            samples.extend(r.sample(float(a)) for r, a in zip(group, advantage, strict=True))
+    everyone = world.gather((rollouts, samples))
+    rollouts = [rollout for part, _ in everyone for rollout in part]
+    samples = [sample for _, part in everyone for sample in part]
+    values = _summary(rollouts, len(samples))
+    scale = rate(config.schedule, step, config.steps)
+    order = np.random.default_rng(seed_of(config.seed, "minibatches", step)).permutation(len(samples))
+    for part in np.array_split(order, config.minibatches):
+        if len(part) >= world.size:
+            rows = sorted((samples[i] for i in part), key=len)
+            values |= train_step(model, optimizer, micro_batches(rows), scale, world, config.loss)
+    values["tokens"] = float(sum(len(rollout.tokens) for rollout in rollouts))
+    return values, rollouts
+
+
+def micro_batches(samples: Sequence[Sample], rows: int = 64) -> list[Batch]:
+    """Batches of at most `rows` samples of similar length."""
+    return [one_per_row(samples[start : start + rows]) for start in range(0, len(samples), rows)]
+
+
+def _summary(rollouts: Sequence[Rollout], num_samples: int) -> dict[str, float]:
+    values = {
+        "reward": float(np.mean([rollout.score.value for rollout in rollouts])),
+        "length": float(np.mean([rollout.num_sampled for rollout in rollouts])),
+        "unfinished": float(np.mean([rollout.finish != "stop" for rollout in rollouts])),
+        "learned_share": num_samples / len(rollouts),
+    }
+    for family in sorted({rollout.task.family for rollout in rollouts}):
+        scores = [rollout.score.value for rollout in rollouts if rollout.task.family == family]
+        values[f"reward/{family}"] = float(np.mean(scores))
+    return values
+
+
+def _queries(
+    config: GrpoConfig, tasks: Path, engine: Engine, tokenizer: Tokenizer, place: Place
+) -> list[Task]:
+    """The queries to learn from: those that the model solves sometimes, but not nearly always."""
+    queries = list(read_jsonl(tasks / "train" / f"{config.queries}.jsonl", Task))
+    if config.thinking is not None:
+        queries = [
+            query if query.thinking is not None else msgspec.structs.replace(query, thinking=config.thinking)
+            for query in queries
+        ]
+    if not config.probe:
+        return queries
+    path = place.out / "pass-rates.json"
+    if not path.exists():
+        probed = range(min(config.probe_queries, len(queries)))[place.world.rank :: place.world.size]
+        repeated = [i for i in probed for _ in range(config.probe)]
+        seeds = [seed_of(config.seed, "probe", i, n) for i in probed for n in range(config.probe)]
+        rollouts = roll(engine, tokenizer, [queries[i] for i in repeated], config.rollout, seeds)
+        rates: dict[int, float] = dict.fromkeys(probed, 0.0)
+        for i, rollout in zip(repeated, rollouts, strict=True):
+            rates[i] += rollout.score.value / config.probe
+        everyone = sorted(pair for part in place.world.gather(rates) for pair in part.items())
+        if place.world.rank == 0:
+            write_atomic(path, msgspec.json.encode([round(rate, 6) for _, rate in everyone]))
+        place.world.barrier()
+    rates_of = msgspec.json.decode(path.read_bytes(), type=list[float])
+    kept = [queries[i] for i, passed in enumerate(rates_of) if 0 < passed <= config.easiest]
+    if not kept:
+        raise DataError(
+            f"none of {len(rates_of)} queries is solved sometimes but not always (pass rates 0 or above "
+            f"{config.easiest}); the start model is too weak or too strong for them: change the cold start or the tasks"
+        )
+    return kept
+
+
+def keep_rollouts(out: Path, step: int, rollouts: Sequence[Rollout]) -> None:
+    """Appends every rollout of a step to rollouts.jsonl."""
+    with (out / "rollouts.jsonl").open("ab") as file:
+        for rollout in rollouts:
+            file.write(msgspec.json.encode({"step": step, **rollout.record()}) + b"\n")
+
+
+def truncate_rollouts(out: Path, first: int) -> None:
+    """Drops the rollouts of steps that a crashed attempt made after its last checkpoint."""
+    path = out / "rollouts.jsonl"
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    kept = [line for line in whole if msgspec.json.decode(line)["step"] < first]
+    write_atomic(path, b"".join(kept))

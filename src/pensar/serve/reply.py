@@ -1,0 +1,141 @@
+"""One choice's reply on its way out: tokens to text, text to thinking, answer and tool calls, cut at stop strings."""
+
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from pensar.infer.engine import Piece
+from pensar.serve.wire import FinishReason, TokenLogprob
+from pensar.text.conversation import ToolCall
+from pensar.text.reply import Delta, ReplyParser
+from pensar.text.tokenizer import StreamDecoder, Tokenizer
+
+
+class StopStrings:
+    """Passes text on up to the first stop string, which it swallows.
+
+    The longest ending that could still grow into a stop string is held back until the next text decides.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.hit = False
+
+    def feed(self, text: str) -> str:
+        if self.hit or not self._stops:
+            return "" if self.hit else text
+        text = self._held + text
+        found = [place for place in map(text.find, self._stops) if place >= 0]
+        if found:
+            self.hit, self._held = True, ""
+            return text[: min(found)]
+        keep = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def close(self) -> str:
+        """What was held back, now that nothing follows."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+@dataclass
+class Accounts:
+    """What a choice has cost so far, in tokens."""
+
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class Reply:
+    """Feeds on engine pieces and gives deltas; stop strings act on the answer, not on thinking or tool calls.
+
+    `parsed=False` is for a continued text, in which nothing but characters counts. Without `tools` on offer a tool
+    call is the model's own text and stays text.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, parsed: bool = True, tools: bool = False
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = StreamDecoder(tokenizer, skip_special=True)
+        self._parser = ReplyParser() if parsed else None
+        self._stops = StopStrings(stops)
+        self._tools = tools
+        self.accounts = Accounts()
+        self.reasoning = ""
+        self.content = ""
+        self.tool_calls: list[ToolCall] = []
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended the reply while the engine still goes on."""
+        return self._stops.hit
+
+    def feed(self, piece: Piece) -> list[Delta]:
+        """The deltas that `piece` completes; after the last one `finish_reason` is set."""
+        self._count(piece)
+        ended = piece.finish_reason is not None
+        text = self._decoder.feed(piece.tokens) + (self._decoder.close() if ended else "")
+        deltas = list(self._kept(self._read(text, ended)))
+        if ended and not self._stops.hit:
+            deltas.extend(self._say(self._stops.close()))
+        if self._stops.hit:
+            self.finish_reason = "stop"
+        elif piece.finish_reason == "length":
+            self.finish_reason = "length"
+        elif ended:
+            self.finish_reason = "tool_calls" if self.tool_calls else "stop"
+        return deltas
+
+    def _read(self, text: str, ended: bool) -> list[Delta]:
+        if self._parser is None:
+            return [Delta("content", text)]
+        return self._parser.feed(text) + (self._parser.close() if ended else [])
+
+    def _kept(self, deltas: Sequence[Delta]) -> Iterator[Delta]:
+        """The deltas up to a stop string, kept for the whole reply as well."""
+        for delta in deltas:
+            if self._stops.hit:
+                return
+            if delta.tool_call is not None and self._tools:
+                call = msgspec.structs.replace(delta.tool_call, id=f"call_{uuid.uuid4().hex[:24]}")
+                self.tool_calls.append(call)
+                yield Delta("tool_call", tool_call=call)
+            elif delta.tool_call is not None:
+                yield from self._say(self._stops.feed(self._written(delta.tool_call)))
+            elif delta.kind == "reasoning":
+                self.reasoning += delta.text
+                yield delta
+            else:
+                yield from self._say(self._stops.feed(delta.text))
+
+    def _say(self, text: str) -> Iterator[Delta]:
+        if text:
+            self.content += text
+            yield Delta("content", text)
+
+    def _written(self, call: ToolCall) -> str:
+        inner = json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
+        return ("\n" if self.content else "") + f"<tool_call>\n{inner}\n</tool_call>"
+
+    def _count(self, piece: Piece) -> None:
+        self.accounts.completion_tokens += len(piece.tokens)
+        self.accounts.reasoning_tokens = piece.reasoning_tokens
+        for token, logprob in zip(piece.tokens, piece.logprobs or (), strict=False):
+            data = self._tokenizer.decode_bytes([token])
+            self.accounts.logprobs.append(
+                TokenLogprob(token=data.decode("utf-8", "replace"), logprob=logprob, bytes=list(data))
+            )

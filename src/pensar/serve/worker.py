@@ -1,0 +1,238 @@
+"""Worker: the one thread that steps the engine, and the bridge from it to the server's event loop.
+
+All clients share the engine's running batch. A request enters as a `Job` (one sequence per wanted choice); the thread
+posts each step's pieces to the jobs' mailboxes, and the event loop reads them. Whatever goes wrong with one request
+stays with it; only an error of the shared step itself ends every sequence that was in the batch.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pensar.infer.engine import Engine, Piece, Request, SamplingParams
+from pensar.serve.failure import ApiError, draining, engine_failed, queue_full
+
+log = logging.getLogger(__name__)
+
+IDLE_SECONDS = 1.0
+"""How often an idle thread shows that it is alive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What the engine made for one choice in one step."""
+
+    index: int
+    piece: Piece
+
+
+class Job:
+    """One client's request: read `next` until every choice has finished, or `abort`."""
+
+    def __init__(self, worker: "Worker", ids: Sequence[str], loop: asyncio.AbstractEventLoop) -> None:
+        self._worker = worker
+        self._loop = loop
+        self._index = {name: index for index, name in enumerate(ids)}
+        self._open = dict.fromkeys(ids)
+        self._mailbox: list[Part | ApiError] = []
+        self._filled = asyncio.Event()
+
+    @property
+    def done(self) -> bool:
+        """Whether every choice has finished and was read."""
+        return not self._open and not self._mailbox
+
+    async def next(self, timeout_seconds: float | None = None) -> list[Part]:
+        """The parts that arrived since the last call, at least one; empty when `timeout_seconds` passed first.
+
+        Raises ApiError when the engine failed on this request.
+        """
+        if not self._mailbox:
+            self._filled.clear()
+            try:
+                await asyncio.wait_for(self._filled.wait(), timeout_seconds)
+            except TimeoutError:
+                return []
+        parts: list[Part] = []
+        mail, self._mailbox = self._mailbox, []
+        for item in mail:
+            if isinstance(item, ApiError):
+                raise item
+            parts.append(item)
+        return parts
+
+    def abort(self, index: int | None = None) -> None:
+        """Takes one choice (or all that are left) out of the engine; does not wait, may be called twice."""
+        names = [name for name in self._open if index is None or self._index[name] == index]
+        for name in names:
+            del self._open[name]
+        self._worker.abort(names)
+
+    def post(self, items: Sequence[tuple[str, Piece | ApiError]]) -> None:
+        """Called by the engine's thread; the mail is put into the box on the event loop."""
+        try:
+            self._loop.call_soon_threadsafe(self._receive, items)
+        except RuntimeError:  # the loop is closed: the server is gone and nobody reads
+            log.debug("mail for a closed event loop was dropped")
+
+    def _receive(self, items: Sequence[tuple[str, Piece | ApiError]]) -> None:
+        for name, item in items:
+            if name not in self._open:
+                continue  # aborted while this step ran
+            if isinstance(item, ApiError):
+                del self._open[name]
+                self._mailbox.append(item)
+                continue
+            self._mailbox.append(Part(self._index[name], item))
+            if item.finish_reason is not None:
+                del self._open[name]
+        self._filled.set()
+
+
+class Worker:
+    """Owns the engine from `start` to `stop`; `submit` and `abort` may be called from any thread."""
+
+    def __init__(self, engine: Engine, *, max_waiting: int) -> None:
+        self._engine = engine
+        self._max_waiting = max_waiting
+        self.on_failure: Callable[[], None] | None = None
+        self._changed = threading.Condition()
+        self._arrivals: list[tuple[Request, Job]] = []
+        self._departures: list[str] = []
+        self._live: dict[str, Job] = {}
+        self.num_unfinished = 0
+        self._num_submitted = 0
+        self._stopping = False
+        self._refusing = False
+        self._heartbeat = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="pensar-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after its current step; sequences that still run get an error."""
+        with self._changed:
+            self._stopping = self._refusing = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def refuse(self) -> None:
+        """From now on `submit` raises; what runs goes on."""
+        self._refusing = True
+
+    @property
+    def refusing(self) -> bool:
+        return self._refusing
+
+    @property
+    def num_running(self) -> int:
+        return min(self.num_unfinished, self._engine.slots)
+
+    @property
+    def num_waiting(self) -> int:
+        return max(0, self.num_unfinished - self._engine.slots)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def seconds_since_heartbeat(self) -> float:
+        return time.monotonic() - self._heartbeat
+
+    def submit(self, sequences: Sequence[tuple[Sequence[int], SamplingParams]]) -> Job:
+        """Queues one sequence (prompt tokens, parameters) per choice; must run on the event loop that reads the job.
+
+        Raises ApiError: 429 when `max_waiting` sequences wait already, 503 when the server is closing.
+        """
+        with self._changed:
+            if self._refusing:
+                raise draining()
+            if self.num_unfinished >= self._engine.slots + self._max_waiting:
+                raise queue_full(self.num_waiting, self._max_waiting)
+            ids = [str(self._num_submitted + index) for index in range(len(sequences))]
+            self._num_submitted += len(sequences)
+            self.num_unfinished += len(sequences)
+            job = Job(self, ids, asyncio.get_running_loop())
+            for name, (tokens, params) in zip(ids, sequences, strict=True):
+                self._arrivals.append((Request(id=name, tokens=list(tokens), params=params), job))
+            self._changed.notify()
+        return job
+
+    def abort(self, names: Sequence[str]) -> None:
+        """Takes sequences out of the engine before its next step."""
+        if names:
+            with self._changed:
+                self._departures.extend(names)
+                self._changed.notify()
+
+    # ------------------------------------------------------------ the engine's thread
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._heartbeat = time.monotonic()
+                while not (self._live or self._arrivals or self._departures or self._stopping):
+                    self._changed.wait(IDLE_SECONDS)
+                    self._heartbeat = time.monotonic()
+                arrivals, self._arrivals = self._arrivals, []
+                departures, self._departures = self._departures, []
+                if self._stopping:
+                    self._live.update((request.id, job) for request, job in arrivals)
+                    break
+            for request, job in arrivals:
+                self._admit(request, job)
+            for name in departures:
+                if self._live.pop(name, None) is not None:
+                    self._engine.abort(name)
+                    self._finish(1)
+            if self._live:
+                self._step()
+        self._fail_all(draining())
+
+    def _admit(self, request: Request, job: Job) -> None:
+        try:
+            self._engine.submit(request)
+        except Exception as error:  # noqa: BLE001 - any refusal belongs to this request alone
+            job.post([(request.id, engine_failed(str(error)))])
+            self._finish(1)
+        else:
+            self._live[request.id] = job
+
+    def _step(self) -> None:
+        try:
+            pieces = self._engine.step()
+        except Exception:
+            log.exception("an engine step failed; the sequences of its batch are given up")
+            if self.on_failure is not None:
+                self.on_failure()
+            self._fail_all(engine_failed("a step of the shared batch raised an error; see the server's log"))
+            return
+        mail: dict[Job, list[tuple[str, Piece | ApiError]]] = {}
+        num_finished = 0
+        for piece in pieces:
+            failed = piece.finish_reason == "error"
+            item = engine_failed(piece.error or "no reason given") if failed else piece
+            mail.setdefault(self._live[piece.id], []).append((piece.id, item))
+            if piece.finish_reason is not None:
+                del self._live[piece.id]
+                num_finished += 1
+        self._finish(num_finished)
+        for job, items in mail.items():
+            job.post(items)
+
+    def _fail_all(self, error: ApiError) -> None:
+        live, self._live = self._live, {}
+        for name, job in live.items():
+            self._engine.abort(name)
+            job.post([(name, error)])
+        self._finish(len(live))
+
+    def _finish(self, count: int) -> None:
+        with self._changed:
+            self.num_unfinished -= count

@@ -1,0 +1,1 @@
+"""Tasks: problem families with worked solutions, and the verifiers that score replies."""

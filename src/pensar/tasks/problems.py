@@ -1,0 +1,93 @@
+"""The stage that writes the problem sets: queries for each training stage, and the held-out evaluation sets."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+
+from pensar.base.config import Config
+from pensar.base.files import seed_of, write_jsonl
+from pensar.base.stage import Counts, Runtime
+from pensar.tasks.families import FAMILIES, draw
+from pensar.tasks.instructions import instruction
+from pensar.tasks.modes import flagged, mode_task
+from pensar.tasks.task import Task, task_id
+from pensar.tasks.texts import pretraining_texts, recall_text
+from pensar.tasks.tools import tool_task
+
+__all__ = ["ProblemsConfig", "pretraining_texts", "run"]
+
+
+class ProblemsConfig(Config):
+    """How many problems each set holds."""
+
+    seed: int = 1
+    cold_start: int = 3_000
+    reinforcement: int = 3_995
+    """The number of query-verifier pairs in the report, section 4.2."""
+    general: int = 3_000
+    validation: int = 200
+    evaluation: int = 300
+    recall_lines: int = 24
+    """Worked problems in a long recall text; sets its length."""
+
+
+def run(config: ProblemsConfig, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> Counts:
+    """Writes train/*.jsonl, validation/*.jsonl and evaluation/*.jsonl; no problem text stands in two splits."""
+    counts: Counts = {}
+    used: set[str] = set()
+    plan: list[tuple[str, int, Callable[[random.Random], Task]]] = [
+        ("evaluation/reasoning", config.evaluation, lambda rng: _reasoning(rng, "test")),
+        ("evaluation/instructions", config.evaluation, instruction),
+        ("evaluation/tools", config.evaluation, tool_task),
+        ("evaluation/think_follow", config.evaluation, lambda rng: mode_task(rng, _reasoning(rng, "test"))),
+        ("evaluation/recall", config.evaluation, lambda rng: _recall(rng, config.recall_lines)),
+        ("validation/reasoning", config.validation, lambda rng: _reasoning(rng, "validation")),
+        ("train/cold_start", config.cold_start, lambda rng: _reasoning(rng, "train")),
+        ("train/reinforcement", config.reinforcement, lambda rng: _reasoning(rng, "train")),
+        ("train/general", config.general, _general),
+    ]
+    for name, num, make in plan:
+        tasks = list(_distinct(num, make, seed_of(config.seed, name), used))
+        path = out / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(path, tasks)
+        counts[name.replace("/", "_")] = len(tasks)
+    return counts
+
+
+def _distinct(
+    num: int, make: Callable[[random.Random], Task], seed: int, used: set[str]
+) -> Iterator[Task]:
+    """Up to `num` tasks whose ids were not used before; fewer where a family has no more to give."""
+    for index in range(num):
+        for attempt in range(50):
+            task = make(random.Random(seed_of(seed, index, attempt)))
+            if task.id not in used:
+                used.add(task.id)
+                yield task
+                break
+
+
+def _reasoning(rng: random.Random, split: str) -> Task:
+    return draw(rng.choice(tuple(FAMILIES)), split, rng)
+
+
+def _general(rng: random.Random) -> Task:
+    """A task of general reinforcement learning: reasoning, a form, a tool or a mode, in a mode of its own."""
+    kind = rng.choice(("reasoning", "instructions", "tools", "modes"))
+    if kind == "modes":
+        return mode_task(rng, _reasoning(rng, "train"))
+    make = {"reasoning": lambda r: _reasoning(r, "train"), "instructions": instruction, "tools": tool_task}[kind]
+    return flagged(make(rng), rng.random() < 0.5, rng)
+
+
+def _recall(rng: random.Random, num_lines: int) -> Task:
+    text, answer = recall_text(rng, num_lines)
+    return Task(id=task_id("recall", text), family="recall", prompt=text, answer=answer)
+
+
+def with_mode(task: Task, thinking: bool) -> Task:
+    """The task asked in one mode, without any flag in its text."""
+    return msgspec.structs.replace(task, thinking=thinking)

@@ -1,0 +1,85 @@
+"""Problems as plain documents for pre-training: facts in direct form, worked solutions, and planted codes to recall."""
+
+import random
+from collections.abc import Iterator
+
+from pensar.base.files import seed_of
+from pensar.tasks.families import FAMILIES, draw
+from pensar.tasks.task import split_of
+from pensar.tasks.tools import NAMES
+
+DOMAINS = ("tables", "facts", "worked", "recall", "long-recall")
+
+
+def pretraining_texts(num: int, seed: int) -> Iterator[tuple[str, str]]:
+    """`num` documents of every domain as (id, text); the id begins with the domain.
+
+    Only problems of the train split are used, besides the one-step facts that every split rests on.
+    """
+    writers = {"tables": _tables, "facts": _facts, "worked": _worked, "recall": _recall, "long-recall": _long_recall}
+    for domain in DOMAINS:
+        for index in range(num):
+            rng = random.Random(seed_of(seed, domain, index))
+            yield f"{domain}-{index:06d}", writers[domain](rng)
+
+
+def recall_text(rng: random.Random, num_lines: int) -> tuple[str, str]:
+    """A long text in which codes are planted among worked problems, and the code asked for at its end.
+
+    Returns the text up to the answer, and the answer.
+    """
+    names = rng.sample(NAMES, 4)
+    codes = {name: str(rng.randrange(10)) for name in names}
+    lines = [_worked_line(rng) for _ in range(num_lines)]
+    for name in names:
+        lines.insert(rng.randrange(len(lines) // 2 + 1), f"The code of {name} is {codes[name]}.")
+    asked = rng.choice(names)
+    return "\n".join([*lines, f"The code of {asked} is"]), f" {codes[asked]}"
+
+
+def _tables(rng: random.Random) -> str:
+    """One-step facts in their shortest form, such as `7+4=1`, a line each."""
+    lines = []
+    for _ in range(40):
+        family = rng.choice(("chain", "chain", "chain", "logic", "walk"))
+        task = FAMILIES[family][0](rng, 1)
+        shown = f"{task.prompt.removeprefix('Arrows ').split('. ')[0]}: " if family == "walk" else ""
+        lines.append(f"{shown}{task.solution}")
+    return "\n".join(lines)
+
+
+def _facts(rng: random.Random) -> str:
+    """Direct answers to problems of one to three steps, one a line; one-step problems are the commonest."""
+    lines = []
+    for _ in range(10):
+        family = rng.choice(("chain", "chain", "logic", "walk"))
+        steps = rng.choice((1, 1, 2, 3))
+        while True:
+            task = FAMILIES[family][0](rng, steps)
+            if steps == 1 or split_of(task.prompt) == "train":
+                break
+        lines.append(f"{task.prompt}\n{task.answer}")
+    return "\n\n".join(lines)
+
+
+def _worked(rng: random.Random) -> str:
+    return "\n\n".join(_worked_line(rng) for _ in range(5))
+
+
+def _worked_line(rng: random.Random) -> str:
+    task = draw(rng.choice(tuple(FAMILIES)), "train", rng)
+    return f"{task.prompt}\n{task.solution}\n{task.answer}"
+
+
+def _recall(rng: random.Random) -> str:
+    """Several names and codes, each told and later asked again."""
+    names = rng.sample(NAMES, 6)
+    codes = {name: rng.randrange(10) for name in names}
+    told = [f"The code of {name} is {codes[name]}." for name in names]
+    again = [f"The code of {name} is {codes[name]}." for name in rng.sample(names, len(names))]
+    return "\n".join(told + again)
+
+
+def _long_recall(rng: random.Random) -> str:
+    text, answer = recall_text(rng, rng.randint(8, 28))
+    return f"{text}{answer}."

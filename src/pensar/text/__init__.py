@@ -1,0 +1,1 @@
+"""Text: documents, conversations and samples, the tokenizer, the chat format both ways, and packing."""

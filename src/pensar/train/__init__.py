@@ -1,0 +1,1 @@
+"""Train: the one loss, the optimisers, the loop and its checkpoints."""

@@ -1,0 +1,104 @@
+"""Optimizer: Muon for the matrices inside the blocks, AdamW for everything else.
+
+Muon (Jordan et al., 2024; arXiv 2502.16982 for the update's scale) orthogonalises the momentum of each matrix with
+five Newton-Schulz steps. Matrices of one shape go through them as one batch, in float32 on processors without
+bfloat16 units.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pensar.base.config import Config
+
+
+class OptimizerConfig(Config):
+    lr: float = 0.01
+    """Peak learning rate of Muon; its update has the root-mean-square of AdamW's times `muon_scale`."""
+    adamw_lr: float = 0.003
+    """Peak learning rate of embeddings, norms, routers and the output projection; of everything if `muon` is off."""
+    muon: bool = True
+    momentum: float = 0.95
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    """Decoupled, on matrices only."""
+    clip_norm: float = 1.0
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Approximate U V^T of each matrix [n, rows, columns] by the quintic Newton-Schulz iteration."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+class Optimizer:
+    """The state of both optimisers; `step(scale)` applies the gradients with both learning rates scaled."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+        self.config = config
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        inside = [p for name, p in named if config.muon and p.dim() >= 2 and _is_block_matrix(name)]
+        chosen = {id(p) for p in inside}
+        rest = [p for _, p in named if id(p) not in chosen]
+        self.parameters = [p for _, p in named]
+        self.groups = _by_shape(inside)
+        self.momenta = [torch.zeros_like(torch.stack([p.detach() for p in group])) for group in self.groups]
+        decay = [p for p in rest if p.dim() >= 2]
+        plain = [p for p in rest if p.dim() < 2]
+        self.adamw = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=config.adamw_lr,
+            betas=(config.beta1, config.beta2),
+            fused=True,
+        )
+
+    def step(self, scale: float) -> float:
+        """Clips, updates and clears the gradients; returns the gradient's norm before clipping."""
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
+        for group in self.adamw.param_groups:
+            group["lr"] = self.config.adamw_lr * scale
+        self.adamw.step()
+        with torch.no_grad():
+            for group, momentum in zip(self.groups, self.momenta, strict=True):
+                self._muon(group, momentum, self.config.lr * scale)
+        for parameter in self.parameters:
+            parameter.grad = None
+        return norm
+
+    def _muon(self, group: list[nn.Parameter], momentum: Tensor, lr: float) -> None:
+        gradients = torch.stack([p.grad if p.grad is not None else torch.zeros_like(p) for p in group])
+        momentum.mul_(self.config.momentum).add_(gradients)
+        nesterov = gradients.add_(momentum, alpha=self.config.momentum)
+        rows, columns = nesterov.shape[-2:]
+        update = orthogonalize(nesterov.reshape(-1, rows, columns)).view_as(nesterov)
+        scale = lr * 0.2 * math.sqrt(max(rows, columns))
+        for parameter, change in zip(group, update, strict=True):
+            parameter.mul_(1 - lr * self.config.weight_decay).add_(change, alpha=-scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"adamw": self.adamw.state_dict(), "momenta": self.momenta}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        for mine, saved in zip(self.momenta, state["momenta"], strict=True):
+            mine.copy_(saved)
+
+
+def _is_block_matrix(name: str) -> bool:
+    return ".layers." in name and not name.endswith("mlp.gate.weight")
+
+
+def _by_shape(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    groups: dict[torch.Size, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.shape, []).append(parameter)
+    return list(groups.values())

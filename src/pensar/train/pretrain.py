@@ -1,0 +1,140 @@
+"""The pre-training stages: general, reasoning and long context, one function with three configurations.
+
+A stage goes on from the model of the one before it, with its own mixture, context, learning-rate shape and RoPE base
+(Qwen3 report, section 3.2).
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from pensar.base.config import Config
+from pensar.base.errors import ConfigError
+from pensar.base.progress import Progress
+from pensar.base.ranks import World
+from pensar.base.stage import Counts, Runtime
+from pensar.data.order import PretrainData
+from pensar.model.config import ModelConfig, replace
+from pensar.model.qwen3 import Qwen3, initialize
+from pensar.model.weights import load_model, save_model
+from pensar.text.packing import Batch
+from pensar.text.tokenizer import Tokenizer
+from pensar.train import checkpoint
+from pensar.train.loop import LoopConfig, Place, fit
+from pensar.train.loss import LossConfig
+from pensar.train.optimizer import OptimizerConfig
+from pensar.train.schedule import ScheduleConfig
+
+
+class Shape(Config):
+    """The model to start from scratch; the vocabulary comes from the tokenizer."""
+
+    hidden_size: int = 128
+    num_layers: int = 3
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    intermediate_size: int = 384
+    tied: bool = True
+    num_experts: int = 0
+    experts_per_token: int = 0
+    moe_intermediate_size: int = 0
+    initializer_range: float = 0.02
+
+
+class PretrainConfig(Config):
+    """One pre-training stage."""
+
+    tokens: int
+    """Length of the stage; the number of steps follows from it."""
+    mixture: str
+    """Which of the corpus's mixtures: general, reasoning or long."""
+    context: int
+    """Tokens in a row."""
+    batch_tokens: int = 4_096
+    rope_theta: float = 10_000.0
+    """The base of RoPE from this stage on; the long-context stage raises it (ABF, arXiv 2309.16039)."""
+    max_positions: int = 0
+    """Context that the model's configuration names afterwards; 0 for `context`."""
+    seed: int = 1
+    shape: Shape | None = None
+    """The model to begin with; None to go on from the stage's `model` input."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    checkpoint_every: int = 50
+
+    def loop(self) -> LoopConfig:
+        """The loop's part, with the number of steps that `tokens` makes."""
+        rows = max(1, self.batch_tokens // self.context)
+        return LoopConfig(
+            steps=max(1, self.tokens // (rows * self.context)),
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            loss=self.loss,
+            checkpoint_every=self.checkpoint_every,
+        )
+
+
+def run(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> Counts:
+    """Reads `shards`, `tokenizer` and, unless a shape begins anew, `model`."""
+    return runtime.crew.call(_on_rank, config, dict(inputs), out, runtime.logs, runtime.progress)
+
+
+def _on_rank(
+    world: World, config: PretrainConfig, inputs: dict[str, Path], out: Path, logs: Path, progress: Progress
+) -> Counts:
+    tokenizer = Tokenizer.load(inputs["tokenizer"])
+    model = _start(config, inputs, tokenizer)
+    data = PretrainData(inputs["shards"], mixture=config.mixture, context=config.context, seed=config.seed)
+    loop = config.loop()
+    place = Place(out, logs, world, progress)
+    fit(model, row_batches(data, config), loop, place, name=f"pre-training, {config.mixture}")
+    checkpoint.discard(out, world)
+    if world.rank == 0:
+        save_model(model, out)
+        tokenizer.save(out)
+    rows = max(1, config.batch_tokens // config.context)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"steps": loop.steps, "tokens": loop.steps * rows * config.context, "parameters": num_parameters}
+
+
+def row_batches(data: PretrainData, config: PretrainConfig) -> Callable[[int], list[Batch]]:
+    """Step -> its batch of packed rows; row i of the global order is a pure function of (seed, mixture, i)."""
+    rows = max(1, config.batch_tokens // config.context)
+
+    def batches_of(step: int) -> list[Batch]:
+        pairs = [data.row(step * rows + index) for index in range(rows)]
+        tokens = np.stack([row.tokens for row in pairs]).astype(np.int32)
+        segments = np.stack([row.segments for row in pairs]).astype(np.int32)
+        starts = np.ones_like(segments, dtype=bool)
+        starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        columns = np.arange(tokens.shape[1])[None, :]
+        positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+        ce = ((segments != 0) & ~starts).astype(np.float32)
+        return [Batch(tokens=tokens, positions=positions.astype(np.int32), segments=segments, ce=ce)]
+
+    return batches_of
+
+
+def _start(config: PretrainConfig, inputs: dict[str, Path], tokenizer: Tokenizer) -> Qwen3:
+    """The model at the stage's first step, with the stage's RoPE base and context."""
+    positions = config.max_positions or config.context
+    if config.shape is None:
+        if "model" not in inputs:
+            raise ConfigError("the stage has neither a `shape` to begin with nor a `model` to go on from; give one")
+        model = load_model(inputs["model"])
+        changed = replace(model.config, rope_theta=config.rope_theta, max_positions=positions)
+        again = Qwen3(changed)
+        again.load_state_dict(model.state_dict())
+        return again
+    shape = msgspec.structs.asdict(config.shape)
+    model = Qwen3(
+        ModelConfig(
+            vocab_size=tokenizer.vocab_size, rope_theta=config.rope_theta, max_positions=positions, **shape
+        )
+    )
+    initialize(model, config.seed)
+    return model
