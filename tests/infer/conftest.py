@@ -55,7 +55,11 @@ def naive(tokenizer: Tokenizer) -> Naive:
     sentence = encode_stop_sentence(tokenizer)
 
     def generate(
-        model: Qwen3, prompt: Sequence[int], max_tokens: int, stops: Sequence[int] = (), budget: int | None = None
+        model: Qwen3,
+        prompt: Sequence[int],
+        max_tokens: int,
+        stops: Sequence[int] = (),
+        budget: int | None = None,
     ) -> dict[str, Any]:
         """`budget` is for prompts that end inside an open thinking block."""
         tokens, forced, thinking, reasoning = list(prompt), [], THINK_ID in prompt, 0

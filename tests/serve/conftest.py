@@ -16,8 +16,9 @@ from pensar.model.weights import load_model, save_model
 from pensar.serve.app import make_service
 from pensar.serve.server import ServerThread
 from pensar.serve.service import ServeConfig, Service
-from pensar.text.chat import encode_training
+from pensar.text.chat import STOP_SENTENCE, encode_training, render
 from pensar.text.conversation import Conversation, Message, ToolCall
+from pensar.text.sample import Sample
 from pensar.text.tokenizer import Tokenizer, train_tokenizer
 
 QUESTION = "What is 2+3?"
@@ -31,7 +32,7 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
-STEPS = 90
+STEPS = 80
 
 
 def _talk(question: str, answer: Message, tools: Sequence[dict[str, object]] = ()) -> Conversation:
@@ -52,6 +53,17 @@ def lessons() -> list[tuple[Conversation, bool | None]]:
     ]
 
 
+def _cut_short(tokenizer: Tokenizer) -> Sample:
+    """How to answer after the stop sentence; writing that sentence is not taught."""
+    thought = "Two and three" + STOP_SENTENCE.removesuffix("\n</think>\n\n")
+    talk = _talk(QUESTION, Message(role="assistant", content=ANSWER, reasoning_content=thought))
+    sample = encode_training(tokenizer, talk)
+    assert sample.ce is not None
+    end = int((sample.tokens == tokenizer.special("</think>")).argmax())
+    sample.ce[: end + 1] = 0
+    return sample
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -62,8 +74,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    texts = [QUESTION, THOUGHT, ANSWER, GUESS, "Weather in Évora?", '{"name": "weather", "arguments": {"city": "']
-    return train_tokenizer(texts * 3, 400, model_max_length=2048)
+    texts = [render(talk) for talk, _ in lessons()] + [STOP_SENTENCE]
+    return train_tokenizer(texts * 2, 600, model_max_length=2048)
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +100,10 @@ def model_folder(tokenizer: Tokenizer, shape: ModelConfig, tmp_path_factory: pyt
     model = Qwen3(shape)
     initialize(model, seed=1)
     samples = [encode_training(tokenizer, talk, thinking=thinking) for talk, thinking in lessons()]
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(s.tokens).long() for s in samples], batch_first=True)
+    samples.append(_cut_short(tokenizer))
+    tokens = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(s.tokens).long() for s in samples], batch_first=True
+    )
     weights = torch.nn.utils.rnn.pad_sequence([torch.tensor(s.ce) for s in samples], batch_first=True)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)

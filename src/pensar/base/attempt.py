@@ -69,7 +69,8 @@ def attempt(
             _refuse_vanished(stage, sources, outside, error)
         error.add_note(f"in stage `{stage.name}`; its log: {runtime.logs / LOG}")
         raise
-    return manifest
+    # As it stands on the disk, keys sorted, so that a caller sees the same thing now and later.
+    return read_manifest(folder)
 
 
 def set_aside(folder: Path, why: str) -> None:

@@ -25,7 +25,7 @@ CHUNK = 4_096
 EXACT, NEAR, UNIQUE = "exact_duplicate", "near_duplicate", ""
 
 
-class DedupConfig(Config):
+class DedupConfig(Config, frozen=True, kw_only=True):
     """How similarity is measured, and for which documents."""
 
     bands: int = 14
@@ -115,6 +115,7 @@ def minhash(words: Words, config: DedupConfig) -> Signature:
 
 def decide(table: pa.Table, config: DedupConfig) -> dict[str, Fate]:
     """The fate of every document from the table of signatures; independent of the order of its rows."""
+    table = table.sort_by("id")
     ids: list[str] = table["id"].to_pylist()
     digests: list[bytes] = table["digest"].to_pylist()
     lengths: list[int] = table["length"].to_pylist()

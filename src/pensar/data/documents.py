@@ -65,7 +65,9 @@ def map_shards(
             track.advance()
     counts = total_counts(out)
     if counts["documents_out"] == 0:
-        reasons = ", ".join(f"{reason} {num}" for reason, num in counts["dropped"].items()) or "no document came in"
+        reasons = (
+            ", ".join(f"{reason} {num}" for reason, num in counts["dropped"].items()) or "no document came in"
+        )
         raise DataError(
             f"{description} left none of {counts['documents_in']} documents ({reasons}); "
             "look at the dropped-*.parquet files of this stage and loosen what dropped them"
@@ -162,7 +164,8 @@ def add_counts(total: Counts, more: Mapping[str, Any]) -> None:
 def documents_table(documents: Sequence[Document]) -> pa.Table:
     """Documents as a table; marks are one column of JSON, so that every stage may add its own."""
     columns: dict[str, Any] = {
-        name: pa.array([getattr(document, name) for document in documents], pa.string()) for name in TEXT_COLUMNS
+        name: pa.array([getattr(document, name) for document in documents], pa.string())
+        for name in TEXT_COLUMNS
     }
     # Texts of one shard may exceed the 2 GiB that 32-bit offsets reach.
     columns["text"] = pa.array([document.text for document in documents], pa.large_string())
@@ -199,4 +202,6 @@ def read_table(path: Path) -> pa.Table:
     try:
         return pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet ({error}); remove its stage's folder and run again") from error
+        raise DataError(
+            f"{path} cannot be read as Parquet ({error}); remove its stage's folder and run again"
+        ) from error

@@ -16,12 +16,14 @@ from pensar.data.sources import raw_records
 from pensar.text.document import Document
 
 CONTROLS = {code: None for code in range(32) if chr(code) not in "\t\n"} | {0x7F: None, 0xFEFF: None}
-META_CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([a-zA-Z0-9_:.-]{2,40})""", re.IGNORECASE)
+META_CHARSET = re.compile(
+    rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([a-zA-Z0-9_:.-]{2,40})""", re.IGNORECASE
+)
 SNIFFED_BYTES = 4096
 BYTE_ORDER_MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
 
-class ExtractConfig(Config):
+class ExtractConfig(Config, frozen=True, kw_only=True):
     """When a page's main part is believed, and how many broken characters a text may have."""
 
     min_main_share: float = 0.3
@@ -60,7 +62,9 @@ def extract(raw: Raw, config: ExtractConfig) -> tuple[Document, str]:
         if problem:
             return document, problem
     else:
-        text, invalid = decoded(raw.content, charset, is_html=raw.mime in {"text/html", "application/xhtml+xml"})
+        text, invalid = decoded(
+            raw.content, charset, is_html=raw.mime in {"text/html", "application/xhtml+xml"}
+        )
         invalid += int(marks.get("invalid_characters", 0))
         if invalid:
             marks["invalid_characters"] = invalid

@@ -16,12 +16,13 @@ from pensar.text.document import Document
 
 NEVER = 1e9
 MOSTLY_UNSPACED = 0.5
-MAX_REPEATED_NGRAMS = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10)
+MIN_LINES = 4
+MAX_REPEATED_NGRAMS = (0.20, 0.19, 0.18, 0.17, 0.16, 0.15)
 MAX_TOP_NGRAMS = (0.20, 0.18, 0.16)
 MARKED_SIGNALS = ("num_words", "mean_word_length", "ended_line_share", "repeated_line_share", "compression")
 
 
-class Policy(Config):
+class Policy(Config, frozen=True, kw_only=True):
     """Limits for one kind of document; each is the last value that is kept. A limit's name is its reason."""
 
     min_words: int = 20
@@ -90,7 +91,7 @@ TASK = Policy(
 )
 
 
-class FiltersConfig(Config):
+class FiltersConfig(Config, frozen=True, kw_only=True):
     """A policy for each kind of document, and whether private data is masked."""
 
     text: Policy = TEXT
@@ -134,13 +135,15 @@ def reason_to_drop(signals: Signals, policy: Policy, language: str) -> str:
         **_word_rules(signals, policy, language),
         "max_bullet_line_share": signals.bullet_line_share > policy.max_bullet_line_share,
         "max_ellipsis_line_share": signals.ellipsis_line_share > policy.max_ellipsis_line_share,
-        "min_ended_line_share": signals.ended_line_share < policy.min_ended_line_share,
         "max_short_line_share": signals.short_line_share > policy.max_short_line_share,
         "max_line_characters": signals.longest_line > policy.max_line_characters,
         "max_repeated_line_share": signals.repeated_line_share > policy.max_repeated_line_share,
-        "max_repeated_paragraph_share": signals.repeated_paragraph_share > policy.max_repeated_paragraph_share,
+        "max_repeated_paragraph_share": signals.repeated_paragraph_share
+        > policy.max_repeated_paragraph_share,
         "max_top_ngram_shares": _any_above(signals.top_ngram_shares, policy.max_top_ngram_shares),
-        "max_repeated_ngram_shares": _any_above(signals.repeated_ngram_shares, policy.max_repeated_ngram_shares),
+        "max_repeated_ngram_shares": _any_above(
+            signals.repeated_ngram_shares, policy.max_repeated_ngram_shares
+        ),
         "max_link_ratio": signals.link_ratio > policy.max_link_ratio,
         "max_boilerplate_ratio": signals.boilerplate_lines > policy.max_boilerplate_ratio * signals.num_words,
         "lorem_ipsum": signals.has_lorem_ipsum and not policy.allow_lorem_ipsum,
@@ -150,11 +153,15 @@ def reason_to_drop(signals: Signals, policy: Policy, language: str) -> str:
 
 
 def _word_rules(signals: Signals, policy: Policy, language: str) -> dict[str, bool]:
-    """Rules about words, which need a script that separates them."""
+    """Rules about words and sentences, some of which need a script that separates words."""
     spaced = signals.unspaced_share < MOSTLY_UNSPACED
     english = language == "eng_Latn" and signals.num_words >= 50
     return {
         "min_mean_word_length": spaced and signals.mean_word_length < policy.min_mean_word_length,
+        # Thai and Lao end sentences with a space; two or three lines say little.
+        "min_ended_line_share": spaced
+        and signals.num_lines >= MIN_LINES
+        and signals.ended_line_share < policy.min_ended_line_share,
         "max_mean_word_length": spaced and signals.mean_word_length > policy.max_mean_word_length,
         "max_symbol_ratio": signals.symbol_ratio > policy.max_symbol_ratio,
         "min_alphabetic_share": signals.alphabetic_share < policy.min_alphabetic_share,

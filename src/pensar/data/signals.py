@@ -5,6 +5,7 @@ on our own words: a character is a word in scripts that write no spaces.
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 
@@ -17,12 +18,13 @@ from pensar.data.words import ALONE, LETTER, Words
 
 STOP_WORDS = frozenset("the be to of and that have with".split())
 BULLETS = ("•", "‣", "●", "- ", "* ", "– ", "◦")
-LINE_ENDS = tuple(".!?\"'…。！？।॥؟۔።။៕”»:;")
 LINKS = re.compile(r"https?://|www\.")
 BOILERPLATE = ("enable javascript", "cookie policy", "terms of use", "privacy policy", "uses cookies")
 TOP_NGRAMS = (2, 3, 4)
 REPEATED_NGRAMS = (5, 6, 7, 8, 9, 10)
 SHORT_LINE_CHARACTERS = 30
+CHARACTERS_PER_WORD = 3
+"""In scripts without spaces a run of `n` words is one of about so many times `n` characters."""
 
 
 class Signals(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +32,7 @@ class Signals(msgspec.Struct, frozen=True, kw_only=True):
 
     num_characters: int
     num_words: int
+    num_lines: int
     mean_word_length: float
     unspaced_share: float
     """Words that are one character of a script without spaces."""
@@ -42,7 +45,7 @@ class Signals(msgspec.Struct, frozen=True, kw_only=True):
     bullet_line_share: float
     ellipsis_line_share: float
     ended_line_share: float
-    """Lines that end as sentences do."""
+    """Lines that end in punctuation of any script."""
     short_line_share: float
     longest_line: int
     repeated_line_share: float
@@ -69,23 +72,28 @@ def signals_of(text: str) -> Signals:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     lowered = text.lower()
     divisor = max(num_words, 1)
+    unspaced_share = words.share_of(ALONE)
+    unit = CHARACTERS_PER_WORD if unspaced_share > 0.5 else 1
     return Signals(
         num_characters=len(text),
         num_words=num_words,
+        num_lines=len(lines),
         mean_word_length=float(lengths.mean()) if num_words else 0.0,
-        unspaced_share=words.share_of(ALONE),
-        alphabetic_share=words.share_of(LETTER) + words.share_of(ALONE),
+        unspaced_share=unspaced_share,
+        alphabetic_share=words.share_of(LETTER) + unspaced_share,
         symbol_ratio=(text.count("#") + text.count("...") + text.count("…")) / divisor,
         num_stop_words=len(STOP_WORDS.intersection(lowered.split())),
         bullet_line_share=_share(lines, lambda line: line.startswith(BULLETS)),
         ellipsis_line_share=_share(lines, lambda line: line.endswith(("...", "…"))),
-        ended_line_share=_share(lines, lambda line: line.endswith(LINE_ENDS)),
+        ended_line_share=_share(lines, ends_as_sentence),
         short_line_share=_share(lines, lambda line: len(line) <= SHORT_LINE_CHARACTERS),
         longest_line=max(map(len, lines), default=0),
         repeated_line_share=_repeated_share(lines),
-        repeated_paragraph_share=_repeated_share([part.strip() for part in text.split("\n\n") if part.strip()]),
-        top_ngram_shares=tuple(top_ngram_share(words, n) for n in TOP_NGRAMS),
-        repeated_ngram_shares=repeated_ngram_shares(words),
+        repeated_paragraph_share=_repeated_share(
+            [part.strip() for part in text.split("\n\n") if part.strip()]
+        ),
+        top_ngram_shares=tuple(top_ngram_share(words, n * unit) for n in TOP_NGRAMS),
+        repeated_ngram_shares=repeated_ngram_shares(words, unit),
         link_ratio=len(LINKS.findall(lowered)) / divisor,
         curly_braces=text.count("{"),
         has_lorem_ipsum="lorem ipsum" in lowered,
@@ -99,7 +107,7 @@ def top_ngram_share(words: Words, n: int) -> float:
     grams = words.ngrams(n)
     if len(grams) < 2:
         return 0.0
-    values, first, counts = np.unique(grams, return_index=True, return_counts=True)
+    _, first, counts = np.unique(grams, return_index=True, return_counts=True)
     best = int(np.argmax(counts))
     if counts[best] < 2:
         return 0.0
@@ -108,12 +116,17 @@ def top_ngram_share(words: Words, n: int) -> float:
     return min(1.0, float(size * counts[best]) / float(lengths.sum()))
 
 
-def repeated_ngram_shares(words: Words) -> tuple[float, ...]:
-    """The shares for 5 to 10 words; where no shorter run repeats, no longer one can."""
+def ends_as_sentence(line: str) -> bool:
+    """Whether the last character is punctuation: every script has its own full stop."""
+    return unicodedata.category(line[-1])[0] == "P"
+
+
+def repeated_ngram_shares(words: Words, unit: int = 1) -> tuple[float, ...]:
+    """The shares for 5 to 10 words of `unit` entries; where no shorter run repeats, no longer one can."""
     shares: list[float] = []
     for n in REPEATED_NGRAMS:
         nothing_left = bool(shares) and shares[-1] == 0.0
-        shares.append(0.0 if nothing_left else repeated_ngram_share(words, n))
+        shares.append(0.0 if nothing_left else repeated_ngram_share(words, n * unit))
     return tuple(shares)
 
 

@@ -31,7 +31,7 @@ MAX_UNIT_FILES = 2_000
 RAW_COLUMNS = ("id", "source", "locator", "kind", "mime")
 
 
-class Source(Config):
+class Source(Config, frozen=True, kw_only=True):
     """One origin of documents."""
 
     name: str
@@ -46,7 +46,7 @@ class Source(Config):
     """The field or column that holds the text, in JSON Lines and Parquet."""
 
 
-class SourcesConfig(Config):
+class SourcesConfig(Config, frozen=True, kw_only=True):
     """What to read, and how large a piece may be."""
 
     sources: tuple[Source, ...] = ()
@@ -61,7 +61,9 @@ def run(config: SourcesConfig, inputs: Mapping[str, Path], out: Path, runtime: R
         raise ConfigError("data.sources names no source; give at least one with a name and a path")
     names = Counter(source.name for source in config.sources)
     if max(names.values()) > 1:
-        raise ConfigError(f"two sources are named {names.most_common(1)[0][0]!r}; ids rest on names, so rename one")
+        raise ConfigError(
+            f"two sources are named {names.most_common(1)[0][0]!r}; ids rest on names, so rename one"
+        )
     units = [unit for source in config.sources for unit in plan_units(source, inputs, config.shard_bytes)]
     with runtime.progress.track("reading sources", len(units), unit="unit") as track:
         for number, (source, files) in enumerate(units):

@@ -54,7 +54,7 @@ def read_warc_records(path: Path, max_bytes: int) -> Iterator[Page]:
                 yield Page(number + 1, problem="broken_warc", detail=str(error))
                 return
             number += 1
-            kind = record.record_type.name
+            kind = str(record.record_type)
             if kind not in SKIPPED_TYPES:
                 yield _page(record, number, kind, max_bytes)
     if not number:

@@ -54,6 +54,7 @@ class Words:
         self.starts: Positions = np.flatnonzero(begins)
         self.ends: Positions = np.flatnonzero(ends) + 1
         self.hashes = _hash_spans(self.codes, self.starts, self.ends)
+        self._windows: Windows | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -64,7 +65,14 @@ class Words:
 
     def ngrams(self, n: int) -> Words64:
         """One hash for each run of `n` words, in order; empty when there are fewer."""
-        return window_hashes(self.hashes, n)
+        starts = np.arange(max(0, len(self) - n + 1))
+        return mix64(self.windows().at(starts, starts + n), seed=n) if len(starts) else np.empty(0, np.uint64)
+
+    def windows(self) -> "Windows":
+        """Hashes of any run of words."""
+        if self._windows is None:
+            self._windows = Windows(self.hashes)
+        return self._windows
 
     def share_of(self, kind: int) -> float:
         """Share of the words whose first character is of this class."""
@@ -72,19 +80,31 @@ class Words:
             return 0.0
         return float(np.mean(self.classes[self.starts] == kind))
 
+    def line_ends(self) -> npt.NDArray[np.bool_]:
+        """For each word whether a line ends after it."""
+        breaks = np.flatnonzero(self.codes == ord("\n"))
+        following = np.append(self.starts[1:], len(self.codes) + 1)
+        ended = np.searchsorted(breaks, following) > np.searchsorted(breaks, self.ends)
+        ended[-1:] = True
+        return ended
 
-def window_hashes(hashes: Words64, n: int) -> Words64:
-    """Hashes of all windows of `n` consecutive entries, in linear time for any `n`.
 
-    With C the running sum of h_i B^i modulo 2^64, the window at i has (C_{i+n} - C_i) B^{-i}, the polynomial
-    hash of its entries; B is odd, so its inverse exists.
+class Windows:
+    """Hashes of any run of consecutive entries, each in constant time.
+
+    With C the running sum of h_i B^i modulo 2^64, the run from i to j has (C_j - C_i) B^{-i}, the polynomial hash
+    of its entries; B is odd, so its inverse exists.
     """
-    size = len(hashes)
-    if n < 1 or size < n:
-        return np.empty(0, np.uint64)
-    running = np.zeros(size + 1, np.uint64)
-    np.cumsum(hashes * powers(_BASE, size), out=running[1:])
-    return mix64((running[n:] - running[:-n]) * powers(_INVERSE, size - n + 1), seed=n)
+
+    def __init__(self, hashes: Words64) -> None:
+        size = len(hashes)
+        self._running = np.zeros(size + 1, np.uint64)
+        np.cumsum(hashes * powers(_BASE, size), out=self._running[1:])
+        self._inverses = powers(_INVERSE, size + 1)
+
+    def at(self, starts: Positions, ends: Positions) -> Words64:
+        """Hashes of the runs from each start to its end; equal runs of one length have equal hashes."""
+        return (self._running[ends] - self._running[starts]) * self._inverses[starts]
 
 
 def powers(base: int, size: int) -> Words64:

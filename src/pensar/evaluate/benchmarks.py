@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+import numpy as np
 
 from pensar.base.config import Config
 from pensar.base.errors import ConfigError
@@ -13,9 +14,12 @@ from pensar.base.files import read_jsonl, seed_of
 from pensar.base.ranks import World
 from pensar.evaluate.statistics import Estimate, mean, pass_at, share
 from pensar.infer.engine import Engine, Request, SamplingParams
+from pensar.infer.score import score
+from pensar.model.qwen3 import Qwen3
 from pensar.infer.rollout import Rollout, RolloutConfig, roll
 from pensar.tasks.problems import with_mode
 from pensar.tasks.task import Task
+from pensar.tasks.verifiers import verify
 from pensar.text.tokenizer import Tokenizer
 
 Mode = Literal["thinking", "non-thinking", "flags", "base"]
@@ -30,14 +34,14 @@ MODES: dict[str, tuple[Mode, ...]] = {
 """Benchmark -> the modes it is run in; `flags`: the mode is what the conversation's flags ask; `base`: plain text."""
 
 
-class Sampling(Config):
+class Sampling(Config, frozen=True, kw_only=True):
     """Report, section 4.6: temperature 0.6, top-p 0.95, top-k 20 in thinking mode; 0.7, 0.8, 20 without."""
 
     thinking: RolloutConfig = RolloutConfig(temperature=0.6, top_p=0.95, top_k=20, max_tokens=128)
     direct: RolloutConfig = RolloutConfig(temperature=0.7, top_p=0.8, top_k=20, max_tokens=128)
 
 
-class Score(msgspec.Struct, frozen=True, kw_only=True):
+class Cell(msgspec.Struct, frozen=True, kw_only=True):
     """One cell of the stage table."""
 
     benchmark: str
@@ -49,9 +53,11 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     """Mean number of sampled tokens of a reply."""
 
 
-def problems(tasks: Path, benchmark: str, limit: int | None = None) -> list[Task]:
+def problems(
+    tasks: Path, benchmark: str, limit: int | None = None, *, split: Literal["evaluation", "validation"] = "evaluation"
+) -> list[Task]:
     """The benchmark's held-out problems."""
-    path = tasks / "evaluation" / f"{benchmark}.jsonl"
+    path = tasks / split / f"{benchmark}.jsonl"
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.jsonl")))
         raise ConfigError(f"there is no benchmark {benchmark!r} in {path.parent}; there are: {known or 'none'}")
@@ -71,7 +77,7 @@ def rolled(
 
 def run_benchmark(
     engine: Engine, tokenizer: Tokenizer, tasks: Sequence[Task], mode: Mode, sampling: Sampling, world: World, seed: int
-) -> tuple[Score, list[Rollout]]:
+) -> tuple[Cell, list[Rollout]]:
     """The score of one benchmark in one mode, and the rollouts behind it."""
     benchmark = tasks[0].family if tasks[0].family in MODES else "reasoning"
     if mode == "base":
@@ -117,7 +123,7 @@ def pass_curve(
     return first, mean([pass_at(samples, samples, count) for count in correct])
 
 
-def recall(engine: Engine, tokenizer: Tokenizer, tasks: Sequence[Task], world: World) -> Score:
+def recall(engine: Engine, tokenizer: Tokenizer, tasks: Sequence[Task], world: World) -> Cell:
     """Share of planted facts that the model writes down when a long text asks for them; greedy, plain text."""
     mine = tasks[world.rank :: world.size]
     requests = []
@@ -130,34 +136,30 @@ def recall(engine: Engine, tokenizer: Tokenizer, tasks: Sequence[Task], world: W
     sums = world.gather((right, lengths))
     estimate = share(sum(r for r, _ in sums), len(tasks))
     length = sum(n for _, n in sums) / len(tasks)
-    return Score(benchmark="recall", mode="base", estimate=estimate, families={}, tokens=length)
+    return Cell(benchmark="recall", mode="base", estimate=estimate, families={}, tokens=length)
 
 
-def bits_per_byte(engine: Engine, texts: Sequence[tuple[list[int], int]], world: World) -> float:
-    """Bits that the model needs for each byte of texts given as (tokens, number of bytes), first token free."""
+def bits_per_byte(model: Qwen3, texts: Sequence[tuple[list[int], int]], world: World) -> list[float]:
+    """Bits that the model needs for each byte of every text, given as (tokens, number of bytes), first token free."""
     mine = texts[world.rank :: world.size]
-    nats, num_bytes = 0.0, 0
-    for tokens, size in mine:
-        nats -= float(engine.score(tokens)[1:].sum())
-        num_bytes += size
-    parts = world.gather((nats, num_bytes))
-    return sum(n for n, _ in parts) / math.log(2) / max(sum(b for _, b in parts), 1)
+    scores = score(model, [np.asarray(tokens, np.int64) for tokens, _ in mine])
+    bits = [-sum(values) / math.log(2) / size for values, (_, size) in zip(scores, mine, strict=True)]
+    parts = world.gather(bits)
+    return [parts[i % world.size][i // world.size] for i in range(len(texts))]
 
 
 def _unmoded(rollout: Rollout) -> float:
     """A budget of zero leaves no thinking, which is as asked: the answer alone counts."""
-    from pensar.tasks.verifiers import verify
-
     if rollout.finish != "stop":
         return 0.0
     return verify(msgspec.structs.replace(rollout.task, thinking=None), rollout.turns).value
 
 
-def _score(benchmark: str, mode: Mode, rollouts: Sequence[Rollout]) -> Score:
+def _score(benchmark: str, mode: Mode, rollouts: Sequence[Rollout]) -> Cell:
     families: dict[str, list[float]] = {}
     for rollout in rollouts:
         families.setdefault(rollout.task.family, []).append(rollout.score.value)
-    return Score(
+    return Cell(
         benchmark=benchmark,
         mode=mode,
         estimate=share(sum(rollout.score.value for rollout in rollouts), len(rollouts)),

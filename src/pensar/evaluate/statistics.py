@@ -33,12 +33,14 @@ def pass_at(k: int, n: int, correct: int) -> float:
     return 1.0 - math.prod(1.0 - k / i for i in range(n - correct + 1, n + 1))
 
 
-def mean(values: list[float]) -> Estimate:
-    """Mean of per-problem estimates with its normal 95% interval."""
+def mean(values: list[float], *, bounded: bool = True) -> Estimate:
+    """Mean of per-problem values with its normal 95% interval, cut to 0..1 where the values are shares."""
     n = len(values)
     if n == 0:
         return Estimate(0.0, 0.0, 1.0, 0)
     average = sum(values) / n
     variance = sum((value - average) ** 2 for value in values) / max(n - 1, 1)
     half = 1.959964 * math.sqrt(variance / n)
+    if not bounded:
+        return Estimate(average, average - half, average + half, n)
     return Estimate(average, max(0.0, average - half), min(1.0, average + half), n)

@@ -132,6 +132,7 @@ class Engine:
                     self._release(row)
                 return completion
         self._finished.pop(name, None)
+        self._live.discard(name)
         return None
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
@@ -225,15 +226,16 @@ class Engine:
         unique: dict[bytes, int] = {}
         prompts: list[Ints] = []
         source: list[int] = []
-        for request, prompt in batch:
+        for _, prompt in batch:
             key = prompt.tobytes()
             if key not in unique:
                 unique[key] = len(prompts)
                 prompts.append(prompt)
             source.append(unique[key])
+        hidden = self._forward_prompts(first, prompts, source)
+        for request, prompt in batch:
             self._rows.add(request, prompt)
         self._rules = None
-        hidden = self._forward_prompts(first, prompts, source)
         last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self._device)
         logits = self.model.logits(hidden[torch.arange(len(prompts), device=self._device), last])
         if len(prompts) < len(batch):
@@ -261,8 +263,8 @@ class Engine:
         state = self._rows.state[rows]
         if self._rules is None:
             self._rules = rules_of(state, self._device)
-        positions = np.ascontiguousarray(state["position"])
-        tokens = torch.from_numpy(np.ascontiguousarray(state["last"])).to(self._device)
+        positions = state["position"].copy()
+        tokens = torch.from_numpy(state["last"].copy()).to(self._device)
         self._cache.begin_decode(positions)
         hidden = self.model(
             tokens[:, None], torch.from_numpy(positions).to(self._device)[:, None], self._cache

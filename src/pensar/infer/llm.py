@@ -291,7 +291,9 @@ def _message(message: Message | Mapping[str, Any], where: str) -> Message:
     if isinstance(message, Message):
         return message
     if not isinstance(message, Mapping):
-        raise ConfigError(f'{where} is {message!r}; give messages such as {{"role": "user", "content": "Hello"}}')
+        raise ConfigError(
+            f'{where} is {message!r}; give messages such as {{"role": "user", "content": "Hello"}}'
+        )
     fields = {name: value for name, value in message.items() if value is not None}
     if isinstance(parts := fields.get("content"), list):
         fields["content"] = "".join(part.get("text", "") for part in parts)

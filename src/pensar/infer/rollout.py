@@ -21,7 +21,7 @@ from pensar.text.sample import Sample
 from pensar.text.tokenizer import TURN_END, Tokenizer
 
 
-class RolloutConfig(Config):
+class RolloutConfig(Config, frozen=True, kw_only=True):
     """How replies are drawn."""
 
     max_tokens: int = 96

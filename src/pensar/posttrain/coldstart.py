@@ -27,7 +27,7 @@ from pensar.train import checkpoint
 from pensar.train.loop import LoopConfig, Place, fit
 
 
-class WorkedTeacher(Config):
+class WorkedTeacher(Config, frozen=True, kw_only=True):
     """Where candidates come from when no larger model is at hand: the tasks' own worked solutions, with the faults
     of a real teacher in these shares."""
 
@@ -41,7 +41,7 @@ class WorkedTeacher(Config):
     mixed: float = 0.04
 
 
-class ColdStartConfig(LoopConfig):
+class ColdStartConfig(LoopConfig, frozen=True, kw_only=True):
     steps: int = 120
     seed: int = 1
     queries: str = "cold_start"
@@ -75,7 +75,7 @@ def _on_rank(
     fit(model, batches_of, config, Place(out, logs, world, progress), name="cold start")
     checkpoint.discard(out, world)
     if world.rank == 0:
-        save_model(model, out)
+        save_model(model, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         tokenizer.save(out)
     reasons = Counter(str(row["reason"]) for row in dropped)
     return {

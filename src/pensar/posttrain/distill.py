@@ -28,7 +28,7 @@ from pensar.train.schedule import rate
 from pensar.train.step import train_step
 
 
-class OffPolicyConfig(LoopConfig):
+class OffPolicyConfig(LoopConfig, frozen=True, kw_only=True):
     """Response distillation: the student learns the teacher's replies in both modes."""
 
     steps: int = 100
@@ -39,7 +39,7 @@ class OffPolicyConfig(LoopConfig):
     rollout: RolloutConfig = RolloutConfig(temperature=0.6, top_p=0.95, top_k=20)
 
 
-class OnPolicyConfig(LoopConfig):
+class OnPolicyConfig(LoopConfig, frozen=True, kw_only=True):
     """On-policy distillation: the student samples, the teacher's distribution is the target."""
 
     steps: int = 40
@@ -109,7 +109,7 @@ def _off_policy(
     fit(student, batches_of, config, place, name="off-policy distillation")
     checkpoint.discard(out, world)
     if world.rank == 0:
-        save_model(student, out)
+        save_model(student, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         tokenizer.save(out)
     return {"queries": len(tasks), "examples": len(examples), "steps": config.steps}
 
@@ -154,7 +154,7 @@ def _on_policy(
         metrics.close()
     checkpoint.discard(out, world)
     if world.rank == 0:
-        save_model(student, out)
+        save_model(student, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         tokenizer.save(out)
     return {"queries": len(queries), "rollouts": config.steps * config.prompts, "steps": config.steps}
 

@@ -8,7 +8,7 @@ import numpy as np
 from pensar.base.files import seed_of
 from pensar.text.chat import encode_training
 from pensar.text.conversation import Conversation
-from pensar.text.packing import Batch, collate
+from pensar.text.packing import Batch, one_per_row
 from pensar.text.sample import Sample
 from pensar.text.tokenizer import Tokenizer
 
@@ -46,11 +46,6 @@ def in_batches(samples: Sequence[Sample], batch_size: int, seed: int) -> Callabl
         return [one_per_row([samples[i] for i in cache[epoch][index]])]
 
     return batches_of
-
-
-def one_per_row(samples: Sequence[Sample]) -> Batch:
-    """A batch whose rows are single samples, padded to the longest."""
-    return collate([[sample] for sample in samples], length=max(len(sample) for sample in samples))
 
 
 def _epoch(samples: Sequence[Sample], batch_size: int, seed: int) -> list[np.ndarray]:

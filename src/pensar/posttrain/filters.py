@@ -10,7 +10,7 @@ from pensar.tasks.verifiers import verify
 from pensar.text.conversation import Message
 
 
-class ResponseFilters(Config):
+class ResponseFilters(Config, frozen=True, kw_only=True):
     """Thresholds of the filters; a candidate is dropped by the first that objects."""
 
     max_repeats: int = 3

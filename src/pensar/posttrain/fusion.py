@@ -30,7 +30,7 @@ from pensar.train import checkpoint
 from pensar.train.loop import LoopConfig, Place, fit
 
 
-class Shares(Config):
+class Shares(Config, frozen=True, kw_only=True):
     """How many examples of each kind are built."""
 
     thinking: int = 1_500
@@ -42,7 +42,7 @@ class Shares(Config):
     """Share of the reasoning examples that get earlier turns with flags of their own."""
 
 
-class FusionConfig(LoopConfig):
+class FusionConfig(LoopConfig, frozen=True, kw_only=True):
     steps: int = 150
     seed: int = 1
     queries: str = "cold_start"
@@ -70,7 +70,7 @@ def _on_rank(
     fit(model, batches_of, config, Place(out, logs, world, progress), name="thinking-mode fusion")
     checkpoint.discard(out, world)
     if world.rank == 0:
-        save_model(model, out)
+        save_model(model, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         tokenizer.save(out)
     kinds = Counter(example.kind for example in examples)
     num_asked = min(config.shares.thinking, len(tasks))

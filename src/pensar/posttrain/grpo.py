@@ -20,10 +20,9 @@ from pensar.base.stage import Counts, Runtime
 from pensar.infer.engine import Engine
 from pensar.model.qwen3 import Qwen3
 from pensar.model.weights import load_model, save_model
-from pensar.posttrain.examples import one_per_row
 from pensar.infer.rollout import Rollout, RolloutConfig, roll
 from pensar.tasks.task import Task
-from pensar.text.packing import Batch
+from pensar.text.packing import Batch, one_per_row
 from pensar.text.sample import Sample
 from pensar.text.tokenizer import Tokenizer
 from pensar.train import checkpoint
@@ -33,7 +32,7 @@ from pensar.train.schedule import ScheduleConfig, rate
 from pensar.train.step import train_step
 
 
-class GrpoConfig(LoopConfig):
+class GrpoConfig(LoopConfig, frozen=True, kw_only=True):
     """Reinforcement learning with verifiable rewards."""
 
     steps: int = 40
@@ -102,7 +101,7 @@ def _on_rank(
         metrics.close()
     checkpoint.discard(out, world)
     if world.rank == 0:
-        save_model(model, out)
+        save_model(model, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         tokenizer.save(out)
     num_rollouts = config.steps * config.prompts * config.group
     return {"queries": len(queries), "rollouts": num_rollouts, "steps": config.steps}

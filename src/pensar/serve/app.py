@@ -33,11 +33,10 @@ CLIENT_CLOSED_REQUEST = 499
 
 def open_service(folder: Path, config: ServeConfig, *, device: str = "cpu") -> Service:
     """Loads the model directory `folder` behind a worker that is not started yet."""
-    from pensar.model.weights import load_model
+    from pensar.infer.llm import LLM
 
-    model = load_model(folder, device=device)
-    tokenizer = Tokenizer.load(folder)
-    return make_service(Engine(model, tokenizer), tokenizer, config)
+    llm = LLM(folder, device=device)
+    return make_service(llm.engine, llm.tokenizer, config)
 
 
 def make_service(engine: Engine, tokenizer: Tokenizer, config: ServeConfig) -> Service:

@@ -46,7 +46,7 @@ async def answer_chat(service: Service, request: Request) -> Response:
     service.check_model(asked.model)
     # A long conversation takes a while to encode; the other clients' streams must not wait for it.
     tokens, params, tools = await asyncio.to_thread(_prepare, service, asked)
-    replies = [Reply(service.tokenizer, asked.stops, tools=tools) for _ in params]
+    replies = [Reply(service.tokenizer, service.parser(tokens), asked.stops, tools=tools) for _ in params]
     answer = Answer(service, [(tokens, each) for each in params], replies, len(tokens))
     if asked.stream:
         return EventStream(_events(service, asked, answer), answer.close, answer.abandon)

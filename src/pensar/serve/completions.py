@@ -33,7 +33,7 @@ async def answer_completion(service: Service, request: Request) -> Response:
     service.check_model(asked.model)
     _check(asked)
     prompts, sequences = await asyncio.to_thread(_prepare, service, asked)
-    replies = [Reply(service.tokenizer, asked.stops, parsed=False) for _ in sequences]
+    replies = [Reply(service.tokenizer, None, asked.stops) for _ in sequences]
     answer = Answer(service, sequences, replies, sum(map(len, prompts)))
     choices_each = len(sequences) // len(prompts)
     echoes = [""] * len(sequences)

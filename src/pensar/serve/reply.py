@@ -61,16 +61,21 @@ class Accounts:
 class Reply:
     """Feeds on engine pieces and gives deltas; stop strings act on the answer, not on thinking or tool calls.
 
-    `parsed=False` is for a continued text, in which nothing but characters counts. Without `tools` on offer a tool
+    `parser` None is for a continued text, in which nothing but characters counts. Without `tools` on offer a tool
     call is the model's own text and stays text.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, parsed: bool = True, tools: bool = False
+        self,
+        tokenizer: Tokenizer,
+        parser: ReplyParser | None,
+        stops: Sequence[str] = (),
+        *,
+        tools: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer, skip_special=True)
-        self._parser = ReplyParser() if parsed else None
+        self._parser = parser
         self._stops = StopStrings(stops)
         self._tools = tools
         self.accounts = Accounts()

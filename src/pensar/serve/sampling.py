@@ -6,13 +6,13 @@ the request gives wins over both.
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from pensar.base.files import seed_of
 from pensar.infer.engine import SamplingParams
+from pensar.infer.llm import DIRECT_DEFAULTS, THINKING_DEFAULTS, Defaults
 from pensar.serve.failure import invalid, overlong, unsupported
 from pensar.serve.wire import MAX_STOPS, ChatRequest, SamplingFields, SentMessage
 from pensar.text.chat import mode_of
@@ -23,17 +23,6 @@ COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions."""
 
 
-@dataclass(frozen=True, slots=True)
-class Defaults:
-    """Sampling where the request says nothing."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-
-
-THINKING = Defaults(temperature=0.6, top_p=0.95, top_k=20)
-DIRECT = Defaults(temperature=0.7, top_p=0.8, top_k=20)
 RAW = Defaults(temperature=1.0, top_p=1.0, top_k=0)
 """Of /v1/completions, which continues a text rather than answers."""
 
@@ -105,7 +94,7 @@ def chat_params(
     room = _room(num_prompt_tokens, limit, context)
     # With thinking off the prompt holds the closed block already; a budget would have nothing to cut.
     budget = None if request.thinking is False else request.thinking_budget
-    defaults = DIRECT if mode is False else THINKING
+    defaults = DIRECT_DEFAULTS if mode is False else THINKING_DEFAULTS
     return _params(request, defaults, room, budget, bool(request.logprobs))
 
 
@@ -129,7 +118,7 @@ def _params(
             temperature=defaults.temperature if request.temperature is None else request.temperature,
             top_p=defaults.top_p if request.top_p is None else request.top_p,
             top_k=top_k,
-            min_p=request.min_p or 0.0,
+            min_p=defaults.min_p if request.min_p is None else request.min_p,
             seed=seed_of("choice", seed, index),
             thinking_budget=budget,
             logprobs=logprobs,

@@ -6,18 +6,20 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from starlette.requests import Request
 
 from pensar.base.config import Config
 from pensar.base.errors import ConfigError
+from pensar.infer.budget import THINKING, Thinking
 from pensar.infer.engine import SamplingParams
 from pensar.serve.failure import ApiError
 from pensar.serve.metrics import ServerMetrics
 from pensar.serve.reply import Reply
 from pensar.serve.transport import read_body, timestamp
 from pensar.serve.worker import Worker
-from pensar.text.reply import Delta
-from pensar.text.tokenizer import Tokenizer
+from pensar.text.reply import Delta, ReplyParser
+from pensar.text.tokenizer import THINK, Tokenizer
 
 
 class ServeConfig(Config, frozen=True):
@@ -57,6 +59,13 @@ class Service:
     context: int
     """Tokens that prompt and reply may have together."""
     created: int = field(default_factory=timestamp)
+
+    def parser(self, prompt: Sequence[int]) -> ReplyParser:
+        """A parser for a reply to `prompt`, which may end inside a thinking block where the template opens it."""
+        if THINK not in self.tokenizer.control_tokens:
+            return ReplyParser()
+        phase = Thinking(self.tokenizer).phase_of(np.asarray(prompt, np.int64))
+        return ReplyParser(thinking=phase == THINKING)
 
     async def read(self, request: Request) -> bytes:
         """The body of an authorised request; raises ApiError (401, 413)."""

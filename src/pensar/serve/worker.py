@@ -174,26 +174,37 @@ class Worker:
     # ------------------------------------------------------------ the engine's thread
 
     def _run(self) -> None:
-        while True:
+        error = engine_failed("the engine's thread has ended; see the server's log")
+        try:
+            while self._take_mail():
+                if self._live:
+                    self._step()
+            error = draining()
+        finally:
+            # Also when the thread dies of a fault of ours: nobody may wait for it for ever.
             with self._changed:
+                self._refusing = True
+                self._live.update((request.id, job) for request, job in self._arrivals)
+            self._fail_all(error)
+
+    def _take_mail(self) -> bool:
+        """Waits for something to do and carries out what was asked for; False when it is time to end."""
+        with self._changed:
+            self._heartbeat = time.monotonic()
+            while not (self._live or self._arrivals or self._departures or self._stopping):
+                self._changed.wait(IDLE_SECONDS)
                 self._heartbeat = time.monotonic()
-                while not (self._live or self._arrivals or self._departures or self._stopping):
-                    self._changed.wait(IDLE_SECONDS)
-                    self._heartbeat = time.monotonic()
-                arrivals, self._arrivals = self._arrivals, []
-                departures, self._departures = self._departures, []
-                if self._stopping:
-                    self._live.update((request.id, job) for request, job in arrivals)
-                    break
-            for request, job in arrivals:
-                self._admit(request, job)
-            for name in departures:
-                if self._live.pop(name, None) is not None:
-                    self._engine.abort(name)
-                    self._finish(1)
-            if self._live:
-                self._step()
-        self._fail_all(draining())
+            if self._stopping:
+                return False
+            arrivals, self._arrivals = self._arrivals, []
+            departures, self._departures = self._departures, []
+        for request, job in arrivals:
+            self._admit(request, job)
+        for name in departures:
+            if self._live.pop(name, None) is not None:
+                self._engine.abort(name)
+                self._finish(1)
+        return True
 
     def _admit(self, request: Request, job: Job) -> None:
         try:
@@ -211,6 +222,8 @@ class Worker:
             log.exception("an engine step failed; the sequences of its batch are given up")
             if self.on_failure is not None:
                 self.on_failure()
+            for name in self._live:
+                self._engine.abort(name)
             self._fail_all(engine_failed("a step of the shared batch raised an error; see the server's log"))
             return
         mail: dict[Job, list[tuple[str, Piece | ApiError]]] = {}
@@ -229,7 +242,6 @@ class Worker:
     def _fail_all(self, error: ApiError) -> None:
         live, self._live = self._live, {}
         for name, job in live.items():
-            self._engine.abort(name)
             job.post([(name, error)])
         self._finish(len(live))
 

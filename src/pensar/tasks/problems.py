@@ -19,7 +19,7 @@ from pensar.tasks.tools import tool_task
 __all__ = ["ProblemsConfig", "pretraining_texts", "run"]
 
 
-class ProblemsConfig(Config):
+class ProblemsConfig(Config, frozen=True, kw_only=True):
     """How many problems each set holds."""
 
     seed: int = 1

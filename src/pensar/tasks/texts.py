@@ -8,7 +8,7 @@ from pensar.tasks.families import FAMILIES, draw
 from pensar.tasks.task import split_of
 from pensar.tasks.tools import NAMES
 
-DOMAINS = ("tables", "facts", "worked", "recall", "long-recall")
+DOMAINS = ("tables", "rings", "facts", "worked", "recall", "long-recall")
 
 
 def pretraining_texts(num: int, seed: int) -> Iterator[tuple[str, str]]:
@@ -16,7 +16,7 @@ def pretraining_texts(num: int, seed: int) -> Iterator[tuple[str, str]]:
 
     Only problems of the train split are used, besides the one-step facts that every split rests on.
     """
-    writers = {"tables": _tables, "facts": _facts, "worked": _worked, "recall": _recall, "long-recall": _long_recall}
+    writers = {"tables": _tables, "rings": _rings, "facts": _facts, "worked": _worked, "recall": _recall, "long-recall": _long_recall}
     for domain in DOMAINS:
         for index in range(num):
             rng = random.Random(seed_of(seed, domain, index))
@@ -39,13 +39,18 @@ def recall_text(rng: random.Random, num_lines: int) -> tuple[str, str]:
 
 def _tables(rng: random.Random) -> str:
     """One-step facts in their shortest form, such as `7+4=1`, a line each."""
-    lines = []
-    for _ in range(40):
-        family = rng.choice(("chain", "chain", "chain", "logic", "walk"))
-        task = FAMILIES[family][0](rng, 1)
-        shown = f"{task.prompt.removeprefix('Arrows ').split('. ')[0]}: " if family == "walk" else ""
-        lines.append(f"{shown}{task.solution}")
-    return "\n".join(lines)
+    return "\n".join(FAMILIES[rng.choice(("chain", "chain", "chain", "logic"))][0](rng, 1).solution for _ in range(40))
+
+
+def _rings(rng: random.Random) -> str:
+    """Arrows around rings of digits, each ring told once and then asked arrow by arrow: what walks rest on."""
+    rings = []
+    for _ in range(3):
+        nodes = rng.sample("0123456789", rng.randint(4, 8))
+        arrows = [f"{a}>{b}" for a, b in zip(nodes, nodes[1:] + nodes[:1], strict=True)]
+        asked = rng.choices(arrows, k=12)
+        rings.append(",".join([*rng.sample(arrows, len(arrows)), *asked]))
+    return "\n".join(rings)
 
 
 def _facts(rng: random.Random) -> str:
@@ -72,12 +77,11 @@ def _worked_line(rng: random.Random) -> str:
 
 
 def _recall(rng: random.Random) -> str:
-    """Several names and codes, each told and later asked again."""
-    names = rng.sample(NAMES, 6)
+    """Several names and codes, each told once and then asked again and again."""
+    names = rng.sample(NAMES, rng.randint(3, 8))
     codes = {name: rng.randrange(10) for name in names}
-    told = [f"The code of {name} is {codes[name]}." for name in names]
-    again = [f"The code of {name} is {codes[name]}." for name in rng.sample(names, len(names))]
-    return "\n".join(told + again)
+    asked = [*names, *rng.choices(names, k=10)]
+    return "\n".join(f"The code of {name} is {codes[name]}." for name in asked)
 
 
 def _long_recall(rng: random.Random) -> str:

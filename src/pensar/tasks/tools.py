@@ -18,8 +18,7 @@ LOOKUP: dict[str, Any] = {
 }
 
 NAMES = tuple(
-    "amber birch cedar delta ember flint grove harbor ivory jade kestrel lotus maple north ocean pearl "
-    "quartz river stone tulip umber violet willow yarrow".split()
+    "amber birch cedar delta ember flint grove harbor ivory jade lotus maple ocean pearl river stone".split()
 )
 
 

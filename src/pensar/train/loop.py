@@ -21,7 +21,7 @@ BatchesOf = Callable[[int], list[Batch]]
 """Step -> its micro-batches: a pure function, so that any step can be run again."""
 
 
-class LoopConfig(Config):
+class LoopConfig(Config, frozen=True, kw_only=True):
     """What every stage that trains has in common."""
 
     steps: int

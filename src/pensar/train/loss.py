@@ -22,7 +22,7 @@ from pensar.model.qwen3 import Qwen3
 from pensar.text.packing import Batch
 
 
-class LossConfig(Config):
+class LossConfig(Config, frozen=True, kw_only=True):
     """How the policy-gradient term clips and which way the divergence runs."""
 
     clip_low: float = 0.2

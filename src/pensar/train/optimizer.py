@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pensar.base.config import Config
 
 
-class OptimizerConfig(Config):
+class OptimizerConfig(Config, frozen=True, kw_only=True):
     lr: float = 0.01
     """Peak learning rate of Muon; its update has the root-mean-square of AdamW's times `muon_scale`."""
     adamw_lr: float = 0.003

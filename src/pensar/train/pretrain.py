@@ -28,7 +28,7 @@ from pensar.train.optimizer import OptimizerConfig
 from pensar.train.schedule import ScheduleConfig
 
 
-class Shape(Config):
+class Shape(Config, frozen=True, kw_only=True):
     """The model to start from scratch; the vocabulary comes from the tokenizer."""
 
     hidden_size: int = 128
@@ -44,7 +44,7 @@ class Shape(Config):
     initializer_range: float = 0.02
 
 
-class PretrainConfig(Config):
+class PretrainConfig(Config, frozen=True, kw_only=True):
     """One pre-training stage."""
 
     tokens: int
@@ -94,7 +94,7 @@ def _on_rank(
     fit(model, row_batches(data, config), loop, place, name=f"pre-training, {config.mixture}")
     checkpoint.discard(out, world)
     if world.rank == 0:
-        save_model(model, out)
+        save_model(model, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         tokenizer.save(out)
     rows = max(1, config.batch_tokens // config.context)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -6,7 +6,7 @@ from typing import Literal
 from pensar.base.config import Config
 
 
-class ScheduleConfig(Config):
+class ScheduleConfig(Config, frozen=True, kw_only=True):
     kind: Literal["wsd", "cosine", "constant"] = "wsd"
     warmup: float = 0.05
     """Share of the steps over which the rate rises linearly."""

@@ -1,7 +1,6 @@
 """One optimiser step over all ranks: share the rows, sum the gradients, refuse what is not finite, update."""
 
 import math
-from dataclasses import fields
 
 import torch
 
@@ -51,11 +50,7 @@ def share(batch: Batch, world: World) -> Batch | None:
         return batch
     if world.rank >= len(batch.tokens):
         return None
-    mine = {}
-    for field in fields(batch):
-        stream = getattr(batch, field.name)
-        mine[field.name] = None if stream is None else stream[world.rank :: world.size]
-    return Batch(**mine)
+    return batch.rows(slice(world.rank, None, world.size))
 
 
 def reduce_gradients(optimizer: Optimizer, world: World) -> None:

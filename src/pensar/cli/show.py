@@ -1,0 +1,128 @@
+"""`pensar show`: an artifact with its lineage both ways, counts, configuration, files and times."""
+
+import json as jsonlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pensar.base.errors import DataError
+from pensar.base.files import files_under
+from pensar.base.lineage import ancestors, descendants, open_artifact
+from pensar.base.manifest import Artifact, Manifest, artifacts_in, damage
+from pensar.cli.options import Flag, Json
+from pensar.cli.screen import Screen, bytes_text, counts_text, seconds_text
+
+
+def show(path: Path, /, *, verify: Flag = False, json: Json = False) -> None:
+    """Show an artifact: what it came from and went into, counts, configuration, files and times.
+
+    Of a run's folder it lists the artifacts.
+
+    Parameters
+    ----------
+    path
+        Folder of an artifact, a link to one, or a run's folder.
+    verify
+        Compare the digest of every file.
+    json
+        Print one JSON document and nothing else.
+    """
+    with Screen(json) as screen:
+        artifact = open_artifact(path)
+        listed = artifacts_in(artifact.folder)
+        if artifact.manifest is not None:
+            _show_artifact(screen, artifact, artifact.manifest, verify)
+        elif listed:
+            _show_run(screen, artifact.folder, listed)
+        else:
+            _show_foreign(screen, artifact.folder)
+
+
+def _show_artifact(screen: Screen, artifact: Artifact, manifest: Manifest, verify: bool) -> None:
+    before, after = ancestors(artifact.folder), descendants(artifact.folder)
+    wrong = damage(artifact.folder, manifest, digests=verify)
+    times = manifest.timings
+    screen.line(f"{artifact.folder}")
+    screen.line(f"stage {manifest.stage}, revision {manifest.revision}, fingerprint {manifest.fingerprint}")
+    checked = "sizes and digests" if verify else "sizes"
+    screen.line(f"files: {f'DAMAGED: {wrong}' if wrong else f'whole ({checked} compared)'}")
+    screen.line(
+        f"made {times.finished} in {seconds_text(times.seconds)}, {seconds_text(times.cpu_seconds)} of processor, "
+        f"{bytes_text(times.peak_memory_bytes)} on {times.ranks} processes"
+        + (", resumed" if times.resumed else "")
+    )
+    screen.line("versions: " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+    _show_tree(screen, "counts", manifest.counts)
+    _show_tree(screen, "configuration (defaults omitted)", manifest.config)
+    _show_lineage(screen, "made from, first to last", before)
+    for name, digest in manifest.outside.items():
+        screen.line(f"  {name} (outside, SHA-256 {digest[:12]})")
+    _show_lineage(screen, "went into", after)
+    screen.line("files:")
+    rows = [
+        (f"  {name}", bytes_text(entry.bytes), entry.sha256[:12]) for name, entry in manifest.files.items()
+    ]
+    screen.table(("  name", "size", "SHA-256"), rows, right=(1,))
+    screen.result(
+        {
+            "folder": str(artifact.folder),
+            "manifest": manifest,
+            "damage": wrong,
+            "ancestors": [_reference(item) for item in before],
+            "descendants": [_reference(item) for item in after],
+        }
+    )
+
+
+def _show_run(screen: Screen, folder: Path, listed: Sequence[Artifact]) -> None:
+    rows = []
+    for artifact in reversed(listed):
+        manifest = artifact.manifest
+        assert manifest is not None
+        times = manifest.timings
+        rows.append(
+            (artifact.name, times.finished[:19], seconds_text(times.seconds), counts_text(manifest.counts))
+        )
+    screen.table(("artifact", "finished (UTC)", "time", "counts"), rows, right=(2,))
+    screen.result({"folder": str(folder), "artifacts": [_reference(item) for item in reversed(listed)]})
+
+
+def _show_foreign(screen: Screen, folder: Path) -> None:
+    files = files_under(folder)
+    if not files:
+        raise DataError(f"{folder} is empty: nothing to show")
+    screen.line(
+        f"{folder}: no manifest, so it was not made by a run; a recipe can start from it with `adopt`"
+    )
+    rows = [(name, bytes_text(path.stat().st_size)) for name, path in files.items()]
+    screen.table(("name", "size"), rows, right=(1,))
+    screen.result(
+        {"folder": str(folder), "manifest": None, "files": {n: p.stat().st_size for n, p in files.items()}}
+    )
+
+
+def _show_tree(screen: Screen, title: str, tree: dict[str, Any]) -> None:
+    screen.line(f"{title}:" if tree else f"{title}: none")
+    for name, value in tree.items():
+        screen.line(
+            f"  {name}: {value if isinstance(value, str) else jsonlib.dumps(value, ensure_ascii=False)}"
+        )
+
+
+def _show_lineage(screen: Screen, title: str, artifacts: Sequence[Artifact]) -> None:
+    screen.line(f"{title}:" if artifacts else f"{title}: nothing")
+    for artifact in artifacts:
+        state = "" if artifact.folder.is_dir() else " (gone)"
+        counts = counts_text(artifact.manifest.counts) if artifact.manifest else ""
+        screen.line(f"  {artifact.name}{state}" + (f": {counts}" if counts else ""))
+
+
+def _reference(artifact: Artifact) -> dict[str, Any]:
+    manifest = artifact.manifest
+    return {
+        "folder": str(artifact.folder),
+        "stage": manifest.stage if manifest else None,
+        "fingerprint": manifest.fingerprint if manifest else None,
+        "counts": manifest.counts if manifest else None,
+        "timings": manifest.timings if manifest else None,
+    }

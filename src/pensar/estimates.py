@@ -1,0 +1,76 @@
+"""What each stage of a recipe will cost: tokens, floating-point operations, memory and time, before anything runs."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from pensar.base.stage import Stage
+from pensar.model.config import ModelConfig
+from pensar.model.count import flops_per_token, forward_flops_per_token, kv_bytes_per_token, parameters
+from pensar.posttrain.coldstart import ColdStartConfig
+from pensar.posttrain.distill import OffPolicyConfig, OnPolicyConfig
+from pensar.posttrain.fusion import FusionConfig
+from pensar.posttrain.grpo import GrpoConfig
+from pensar.train.pretrain import PretrainConfig
+
+TRAIN_FLOPS = 3.0e10
+"""Operations a second and process in training small models, measured on one core of a 2-core x86 server."""
+DRAW_TOKENS = 8_000.0
+"""Tokens a second and process that the engine draws from a model of a million parameters on such a core."""
+PROCESS_BYTES = 450 << 20
+"""Memory of a process before any model: the interpreter and its libraries."""
+REPLY_TOKENS = 60
+"""Assumed length of prompt and reply in the tasks of post-training."""
+BYTES_A_PARAMETER = 20
+"""Weights, gradients, two moments and the flat buffer of the gradients' sum, in float32."""
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    """A stage's expected cost over all processes; seconds by the clock."""
+
+    tokens: float = 0.0
+    flops: float = 0.0
+    memory_bytes: float = 0.0
+    seconds: float = 0.0
+
+
+def estimate(stages: Sequence[Stage], vocab_size: int, ranks: int) -> dict[str, Estimate]:
+    """Estimates of the stages that train, by name; a stage's model is found by following its inputs."""
+    models: dict[str, ModelConfig] = {}
+    found: dict[str, Estimate] = {}
+    for stage in stages:
+        config = stage.config
+        model = models.get(stage.inputs.get("model", ""))
+        if isinstance(config, PretrainConfig):
+            if config.shape is not None:
+                shape = msgspec.structs.asdict(config.shape)
+                model = ModelConfig(vocab_size=vocab_size, **shape)
+            if model is not None:
+                found[stage.name] = _training(model, config.tokens, config.context, config.batch_tokens, 0, ranks)
+        elif model is not None and isinstance(config, ColdStartConfig | FusionConfig | OffPolicyConfig):
+            tokens = config.steps * config.batch_size * REPLY_TOKENS
+            drawn = 0 if isinstance(config, ColdStartConfig) else tokens // 4
+            batch = config.batch_size * REPLY_TOKENS
+            found[stage.name] = _training(model, tokens, REPLY_TOKENS, batch, drawn, ranks)
+        elif model is not None and isinstance(config, GrpoConfig | OnPolicyConfig):
+            group = config.group if isinstance(config, GrpoConfig) else 1
+            tokens = config.steps * config.prompts * group * REPLY_TOKENS
+            batch = min(64, config.prompts * group) * REPLY_TOKENS
+            found[stage.name] = _training(model, tokens, REPLY_TOKENS, batch, tokens // 2, ranks)
+        if model is not None:
+            models[stage.name] = model
+    return found
+
+
+def _training(
+    model: ModelConfig, tokens: int, context: int, batch_tokens: int, drawn: int, ranks: int
+) -> Estimate:
+    total = parameters(model).total
+    learning = tokens * flops_per_token(model, context)
+    drawing = drawn * forward_flops_per_token(model, context)
+    share = batch_tokens / ranks
+    activations = share * (model.num_layers * 34 * model.hidden_size + 3 * model.vocab_size) * 4
+    cache = 256 * 128 * kv_bytes_per_token(model, 4) if drawn else 0
+    memory = ranks * (PROCESS_BYTES + BYTES_A_PARAMETER * total + activations + cache)
+    seconds = learning / TRAIN_FLOPS / ranks + drawn / (DRAW_TOKENS * 1e6 / total) / ranks
+    return Estimate(tokens=tokens + drawn, flops=learning + drawing, memory_bytes=memory, seconds=seconds)

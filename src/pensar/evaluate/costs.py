@@ -1,0 +1,48 @@
+"""What a way of training cost: samples drawn and floating-point operations, from a stage's own records."""
+
+from pathlib import Path
+
+import msgspec
+
+from pensar.model.count import forward_flops_per_token, parameters
+from pensar.model.weights import read_config
+
+
+class Cost(msgspec.Struct, frozen=True):
+    samples: int
+    flops: float
+
+
+class _Row(msgspec.Struct):
+    step: int
+    tokens: float = 0.0
+
+
+class _Rollout(msgspec.Struct):
+    step: int
+    tokens: int
+
+
+def cost(stage: Path, teacher: Path | None = None) -> Cost:
+    """Cost of the rollouts and updates in a stage's folder, counted from its rollouts.jsonl and metrics.jsonl.
+
+    Drawing a token costs one forward pass, learning from it three; a teacher adds one forward pass of its own.
+    """
+    config = read_config(stage)
+    drawn = [msgspec.json.decode(line, type=_Rollout) for line in _lines(stage / "rollouts.jsonl")]
+    learned = [msgspec.json.decode(line, type=_Row).tokens for line in _lines(stage / "metrics.jsonl")]
+    context = max(1, int(sum(learned) / max(len(drawn), 1)))
+    forward = forward_flops_per_token(config, context)
+    flops = sum(rollout.tokens for rollout in drawn) * forward + 3 * sum(learned) * forward
+    if teacher is not None:
+        flops += sum(learned) * forward_flops_per_token(read_config(teacher), context)
+    return Cost(len(drawn), flops)
+
+
+def size_of(model: Path) -> int:
+    """Total number of parameters of a model directory."""
+    return parameters(read_config(model)).total
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines() if path.exists() else []

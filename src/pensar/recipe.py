@@ -1,0 +1,221 @@
+"""The recipe: the values of a whole run as one typed tree, and the pipeline that they drive, on one page."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pensar.base.config import Config
+from pensar.base.config import load as load_config
+from pensar.base.stage import Stage
+from pensar.data import (
+    annotate,
+    decontaminate,
+    dedup,
+    demo,
+    extract,
+    filters,
+    language,
+    mixture,
+    shards,
+    sources,
+    vocabulary,
+)
+from pensar.data.annotate import AnnotateConfig
+from pensar.data.decontaminate import DecontaminateConfig
+from pensar.data.dedup import DedupConfig
+from pensar.data.demo import SOURCES, DemoConfig
+from pensar.data.extract import ExtractConfig
+from pensar.data.filters import FiltersConfig
+from pensar.data.language import LanguageConfig
+from pensar.data.mixture import MixtureConfig
+from pensar.data.sources import Source, SourcesConfig
+from pensar.data.vocabulary import VocabularyConfig
+from pensar.estimates import Estimate, estimate
+from pensar.evaluate import suite
+from pensar.posttrain import coldstart, distill, fusion, grpo
+from pensar.posttrain.coldstart import ColdStartConfig
+from pensar.posttrain.distill import OffPolicyConfig, OnPolicyConfig
+from pensar.posttrain.fusion import FusionConfig
+from pensar.posttrain.grpo import GrpoConfig
+from pensar.tasks import problems
+from pensar.train import pretrain
+
+LINKS = {"model": "general-rl"}
+"""Names in the run's folder -> the stage whose artifact they show."""
+GROUPS: dict[str, tuple[str, ...]] = {
+    "data": (
+        "demo", "sources", "extract", "language", "filter", "dedup", "tasks", "decontaminate", "annotate", "mixture",
+    ),
+    "tokenizer": ("tokenizer", "shards"),
+    "train": (
+        "pretrain-general", "pretrain-reasoning", "pretrain-long", "cold-start", "reasoning-rl", "fusion", "general-rl",
+        "student-pretrain", "student", "student-rl", "student-distilled",
+    ),
+}  # fmt: skip
+"""The stages that `pensar data`, `pensar tokenizer` and `pensar train` run alone."""
+
+
+class RuntimeConfig(Config):
+    """Where and how the run is computed; never part of an artifact's identity."""
+
+    ranks: int = 2
+    """Processes that share the work of a stage."""
+    threads: int = 1
+    """Threads of each; two one-thread processes beat one of two threads on small models."""
+
+
+class Data(Config):
+    """From sources to annotated documents."""
+
+    sources: tuple[Source, ...] = ()
+    """Where documents come from; without any the demonstration packs what every machine has."""
+    max_document_bytes: int = 16 << 20
+    extract: ExtractConfig = ExtractConfig()
+    language: LanguageConfig = LanguageConfig()
+    filters: FiltersConfig = FiltersConfig()
+    dedup: DedupConfig = DedupConfig()
+    decontaminate: DecontaminateConfig = DecontaminateConfig()
+    annotate: AnnotateConfig = AnnotateConfig()
+    mixture: MixtureConfig = MixtureConfig()
+
+
+class Pretraining(Config):
+    """The three stages of pre-training."""
+
+    general: pretrain.PretrainConfig
+    reasoning: pretrain.PretrainConfig
+    long: pretrain.PretrainConfig
+
+
+class Student(Config):
+    """The smaller model, and the two ways on from its off-policy distillation."""
+
+    pretrain: pretrain.PretrainConfig
+    off_policy: OffPolicyConfig = OffPolicyConfig()
+    reinforcement: GrpoConfig = GrpoConfig()
+    on_policy: OnPolicyConfig = OnPolicyConfig()
+
+
+class Recipe(Config):
+    """Everything that decides what a run produces, and `runtime`, which does not."""
+
+    name: str
+    pretraining: Pretraining
+    student: Student
+    seed: int = 1
+    """Seed of every training stage; the data and the problem sets do not depend on it."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    adopt: dict[str, str] = {}
+    """Stage -> a folder that takes the place of its artifact, such as a downloaded model directory."""
+    demo: DemoConfig = DemoConfig()
+    data: Data = Data()
+    tasks: problems.ProblemsConfig = problems.ProblemsConfig()
+    tokenizer: VocabularyConfig = VocabularyConfig()
+    cold_start: ColdStartConfig = ColdStartConfig()
+    reasoning_rl: GrpoConfig = GrpoConfig()
+    fusion: FusionConfig = FusionConfig()
+    general_rl: GrpoConfig = GrpoConfig(queries="general", thinking=None)
+    evaluate: suite.EvaluateConfig = suite.EvaluateConfig()
+
+
+def load(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Reads a recipe file; raises ConfigError with the exact place of what is wrong."""
+    return load_config(path, Recipe, overrides)
+
+
+def stages(recipe: Recipe) -> list[Stage]:
+    """The pipeline, in order."""
+    return [*_data_stages(recipe), *_training_stages(recipe), *_student_stages(recipe), _evaluation(recipe)]
+
+
+def _data_stages(recipe: Recipe) -> list[Stage]:
+    data = recipe.data
+    listed = data.sources or SOURCES
+    outside = tuple(Path(source.path) for source in data.sources if ":" not in source.path)
+    reading = SourcesConfig(sources=listed, max_document_bytes=data.max_document_bytes)
+    packed = {} if data.sources else {"demo": "demo"}
+    steps = [
+        Stage("sources", sources.run, reading, packed, outside),
+        Stage("extract", extract.run, data.extract, {"raw": "sources"}),
+        Stage("language", language.run, data.language, {"documents": "extract"}),
+        Stage("filter", filters.run, data.filters, {"documents": "language"}),
+        Stage("dedup", dedup.run, data.dedup, {"documents": "filter"}),
+        Stage("tasks", problems.run, recipe.tasks),
+        Stage(
+            "decontaminate",
+            decontaminate.run,
+            data.decontaminate,
+            {"documents": "dedup", "evaluation": "tasks"},
+        ),
+        Stage("annotate", annotate.run, data.annotate, {"documents": "decontaminate"}),
+        Stage("mixture", mixture.run, data.mixture, {"documents": "annotate"}),
+        Stage("tokenizer", vocabulary.run, recipe.tokenizer, {"documents": "annotate", "mixture": "mixture"}),
+        Stage(
+            "shards",
+            shards.run,
+            shards.ShardsConfig(),
+            {"documents": "annotate", "mixture": "mixture", "tokenizer": "tokenizer"},
+        ),
+    ]
+    if data.sources:
+        return steps
+    python = msgspec.structs.replace(recipe.demo, python=platform.python_version())
+    return [Stage("demo", demo.run, python), *steps]
+
+
+def _training_stages(recipe: Recipe) -> list[Stage]:
+    corpus = {"shards": "shards", "tokenizer": "tokenizer"}
+    plan = recipe.pretraining
+    return [
+        Stage("pretrain-general", pretrain.run, _seeded(plan.general, recipe), corpus),
+        Stage("pretrain-reasoning", pretrain.run, _seeded(plan.reasoning, recipe), corpus | {"model": "pretrain-general"}),
+        Stage("pretrain-long", pretrain.run, _seeded(plan.long, recipe), corpus | {"model": "pretrain-reasoning"}),
+        Stage("cold-start", coldstart.run, _seeded(recipe.cold_start, recipe), _on("pretrain-long")),
+        Stage("reasoning-rl", grpo.run, _seeded(recipe.reasoning_rl, recipe), _on("cold-start")),
+        Stage("fusion", fusion.run, _seeded(recipe.fusion, recipe), _on("reasoning-rl")),
+        Stage("general-rl", grpo.run, _seeded(recipe.general_rl, recipe), _on("fusion")),
+    ]
+
+
+def _student_stages(recipe: Recipe) -> list[Stage]:
+    student = recipe.student
+    corpus = {"shards": "shards", "tokenizer": "tokenizer"}
+    taught = {"teacher": "general-rl"}
+    return [
+        Stage("student-pretrain", pretrain.run, _seeded(student.pretrain, recipe), corpus),
+        Stage("student", distill.off_policy, _seeded(student.off_policy, recipe), _on("student-pretrain") | taught),
+        Stage("student-rl", grpo.run, _seeded(student.reinforcement, recipe), _on("student")),
+        Stage("student-distilled", distill.on_policy, _seeded(student.on_policy, recipe), _on("student") | taught),
+    ]
+
+
+def _evaluation(recipe: Recipe) -> Stage:
+    inputs = {
+        "tasks": "tasks",
+        "shards": "shards",
+        "reasoning": "pretrain-reasoning",
+        "long": "pretrain-long",
+        "cold_start": "cold-start",
+        "reasoning_rl": "reasoning-rl",
+        "fusion": "fusion",
+        "general_rl": "general-rl",
+        "student": "student",
+        "student_rl": "student-rl",
+        "student_distilled": "student-distilled",
+    }
+    return Stage("evaluate", suite.run, _seeded(recipe.evaluate, recipe), inputs)
+
+
+def _on(model: str) -> dict[str, str]:
+    return {"model": model, "tasks": "tasks"}
+
+
+def _seeded(config: Any, recipe: Recipe) -> Any:
+    return msgspec.structs.replace(config, seed=recipe.seed)
+
+
+def estimates(recipe: Recipe) -> dict[str, Estimate]:
+    """Expected cost of each training stage."""
+    return estimate(stages(recipe), recipe.tokenizer.size, recipe.runtime.ranks)

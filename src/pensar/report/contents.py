@@ -1,0 +1,255 @@
+"""What a report holds: the structs that `report.json` is written from and that the page is drawn from, nothing else."""
+
+from typing import Any
+
+import msgspec
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """Parent of every part of a report."""
+
+
+class StageRow(Part, frozen=True, kw_only=True):
+    """One stage's newest artifact: what it cost and what it came from."""
+
+    name: str
+    folder: str
+    fingerprint: str
+    revision: int
+    seconds: float
+    cpu_seconds: float
+    ranks: int
+    peak_memory_bytes: int
+    tokens: int | None = None
+    tokens_per_second: float | None = None
+    resumed: bool = False
+    finished: str = ""
+    """UTC, ISO 8601."""
+    inputs: dict[str, str] = {}
+    """Role -> folder of the artifact that plays it."""
+    outside: dict[str, str] = {}
+    """Path beyond the run -> its digest."""
+    config: dict[str, Any] = {}
+    """Defaults omitted."""
+    counts: dict[str, Any] = {}
+    outdated: list[str] = []
+    """Inputs of which the run has a newer artifact by now."""
+
+
+class Draft(Part, frozen=True, kw_only=True):
+    """A stage that has begun and not finished."""
+
+    name: str
+    steps: int
+
+
+class FunnelRow(Part, frozen=True, kw_only=True):
+    """What one data stage let through."""
+
+    stage: str
+    documents_in: int
+    documents_out: int
+    bytes_in: int
+    bytes_out: int
+    dropped: dict[str, int]
+    """Reason -> documents."""
+
+
+class ExamplesRow(Part, frozen=True, kw_only=True):
+    """What a stage that chooses training examples let through."""
+
+    stage: str
+    queries: int | None
+    examples: int
+    dropped: dict[str, int]
+
+
+class LanguageRow(Part, frozen=True, kw_only=True):
+    code: str
+    name: str
+    documents: int = 0
+
+
+class Languages(Part, frozen=True, kw_only=True):
+    """Documents by language after the last stage that counted them."""
+
+    stage: str
+    table_size: int
+    """Languages and dialects that the project means to cover."""
+    present: list[LanguageRow]
+    missing: list[LanguageRow]
+    other: list[LanguageRow]
+    """Undetermined, or outside the table."""
+
+
+class Training(Part, frozen=True, kw_only=True):
+    """The record of one training stage, thinned for drawing."""
+
+    stage: str
+    steps: int
+    tokens: int
+    finished: bool
+    first: dict[str, float]
+    """Value -> mean over the first twentieth of the steps."""
+    last: dict[str, float]
+    """Value -> mean over the last twentieth of the steps."""
+    series: dict[str, list[tuple[float, float]]]
+    """Value -> (step, mean around that step)."""
+
+
+class Scored(Part, frozen=True, kw_only=True):
+    """A measured value with its 95% interval and the number of trials."""
+
+    score: float
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+
+
+class StageScore(Scored, frozen=True, kw_only=True):
+    """One cell of the stage table."""
+
+    benchmark: str
+    after_stage: str
+    mode: str
+    families: dict[str, float] = {}
+    tokens: float | None = None
+    """Mean length of a reply."""
+    change: float | None = None
+    """Against the stage before in the same mode."""
+
+
+class BudgetPoint(Part, frozen=True, kw_only=True):
+    budget: int
+    accuracy: float
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+
+
+class References(Part, frozen=True, kw_only=True):
+    """Accuracy without thinking and with thinking to its own end."""
+
+    non_thinking: float | None = None
+    thinking: float | None = None
+
+
+class Method(Part, frozen=True, kw_only=True):
+    """One way of training the student."""
+
+    method: str
+    stage: str = ""
+    pass_at_1: float
+    pass_at_1_low: float | None = None
+    pass_at_1_high: float | None = None
+    pass_at_k: float | None = None
+    pass_at_k_low: float | None = None
+    pass_at_k_high: float | None = None
+    k: int = 0
+    samples: int | None = None
+    cost_flops: float | None = None
+    seconds: float | None = None
+    role: str = ""
+    """`start`, `rl` or `on-policy`: what the method is in the comparison."""
+    samples_ratio: float | None = None
+    """Samples, as a multiple of reinforcement learning's."""
+    flops_ratio: float | None = None
+    seconds_ratio: float | None = None
+
+
+class LongContext(Scored, frozen=True, kw_only=True):
+    after_stage: str
+    benchmark: str
+    length_tokens: float
+
+
+class Validation(Scored, frozen=True, kw_only=True):
+    """Score on the problems reserved for validation, and with many samples a problem."""
+
+    stage: str
+    pass_at_1: float | None = None
+    pass_at_1_low: float | None = None
+    pass_at_1_high: float | None = None
+    pass_at_k: float | None = None
+    pass_at_k_low: float | None = None
+    pass_at_k_high: float | None = None
+    k: int = 0
+
+
+class Sampled(Part, frozen=True, kw_only=True):
+    """A conversation held with the model."""
+
+    title: str
+    mode: str = ""
+    score: float | None = None
+    """The verifier's."""
+    messages: list[dict[str, Any]] = []
+
+
+class Results(Part, frozen=True, kw_only=True):
+    """The content of the evaluation's `results.json`."""
+
+    stage_table: list[StageScore] = []
+    budget_curve: list[BudgetPoint] = []
+    budget_references: References = References()
+    rl_against_distillation: list[Method] = []
+    think_follow: Scored | None = None
+    long_context: list[LongContext] = []
+    validation: list[Validation] = []
+    conversations: list[Sampled] = []
+
+
+class Lift(Part, frozen=True, kw_only=True):
+    """A score before and after a stage."""
+
+    before: Scored
+    before_stage: str
+    after: Scored
+    after_stage: str
+    points: float
+    """The difference, as a share."""
+
+
+class Headline(Part, frozen=True, kw_only=True):
+    """The numbers of the summary; None for what the run has not reached."""
+
+    thinking: StageScore | None
+    non_thinking: StageScore | None
+    mode_gap: float | None
+    """Thinking less non-thinking, as a share."""
+    rl: Lift | None
+    think_follow: Scored | None
+    budget_first: BudgetPoint | None
+    budget_last: BudgetPoint | None
+    student_rl: Method | None
+    student_distilled: Method | None
+    distillation_gain: float | None
+    """pass@1 of distillation less that of reinforcement learning."""
+    seconds: float
+    cpu_seconds: float
+    peak_memory_bytes: int
+    ranks: int
+    documents_in: int | None
+    documents_out: int | None
+    tokens_trained: int
+    parameters: int | None
+
+
+class Report(Results, frozen=True, kw_only=True):
+    """Every number of the page."""
+
+    format: int = 1
+    recipe: str
+    finished: str
+    """When the newest artifact was done; UTC, ISO 8601."""
+    headline: Headline
+    stages: list[StageRow]
+    unfinished: list[Draft]
+    funnel: list[FunnelRow]
+    examples: list[ExamplesRow]
+    languages: Languages | None
+    training: list[Training]
+    evaluated: bool
+    """Whether the evaluation's results were there."""
+    versions: dict[str, str]
+    """Distribution -> version; several, with commas, where stages were made with different ones."""

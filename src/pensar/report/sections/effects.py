@@ -1,0 +1,202 @@
+"""Three effects: accuracy bought by thinking, distillation against reinforcement learning, and longer context."""
+
+from collections.abc import Sequence
+
+from pensar.report.charts import responsive
+from pensar.report.compare import ON_POLICY, RL, THINKING
+from pensar.report.contents import LongContext, Method, Report
+from pensar.report.curves import budget_chart
+from pensar.report.html import Child, Markup, element
+from pensar.report.intervals import Mark, Row, interval_chart
+from pensar.report.numbers import (
+    DASH,
+    bare_percent,
+    count,
+    duration,
+    interval,
+    multiple,
+    percent,
+    plural,
+    points,
+    scientific,
+    significant,
+)
+from pensar.report.sections.frame import caption, figure, lead, pending, section, table
+
+BITS_PER_BYTE = "bits_per_byte"
+BUDGET, DISTILLATION, LONG = "Thinking budget", "Distillation against reinforcement learning", "Long context"
+
+
+def budget(report: Report) -> Markup:
+    """Accuracy against thinking budget."""
+    curve = sorted(report.budget_curve, key=lambda point: point.budget)
+    if not curve:
+        return section("budget", BUDGET, pending("evaluate", "accuracy against thinking budget"))
+    first, last = curve[0], curve[-1]
+    falls = sum(after.accuracy < before.accuracy for before, after in zip(curve, curve[1:], strict=False))
+    shape = "without a fall" if not falls else f"with {plural(falls, 'fall')} between neighbours"
+    said = [
+        f"When the budget is spent, the engine writes a stop sentence into the thinking and the answer follows; "
+        f"the same {plural(last.n, 'held-out problem')} at every budget."
+        if last.n
+        else None,
+        f"From {percent(first.accuracy)} at {plural(first.budget, 'token')} to {percent(last.accuracy)} at "
+        f"{count(last.budget)}, {shape}; the surface is the 95% interval.",
+    ]
+    chart = responsive(lambda width: budget_chart(curve, report.budget_references, width))
+    return section("budget", BUDGET, lead(*said), figure(chart))
+
+
+def distillation(report: Report) -> Markup:
+    """Two ways on from one start: pass@1, pass@k and what each cost."""
+    methods = report.rl_against_distillation
+    if not methods:
+        return section("distillation", DISTILLATION, pending("evaluate", "both methods' scores and costs"))
+    parts: list[Child] = [lead(*_distillation_words(methods)), figure(_methods(methods))]
+    parts.append(
+        figure(
+            interval_chart([_method_row(method) for method in methods], "pass@1 and pass@k of each method")
+        )
+    )
+    return section("distillation", DISTILLATION, *parts)
+
+
+def long_context(report: Report) -> Markup:
+    """Bits per byte and recall at the long length, before and after the stage that learns it."""
+    rows = report.long_context
+    if not rows:
+        return section(
+            "long",
+            LONG,
+            pending("evaluate", "scores at the long length before and after the long-context stage"),
+        )
+    panels, said = [], []
+    for name in dict.fromkeys(row.benchmark for row in rows):
+        own = [row for row in rows if row.benchmark == name]
+        said.append(_long_words(name, own))
+        bits = name == BITS_PER_BYTE
+        title = "bits per byte, lower is better" if bits else f"{name}, higher is better"
+        chart = interval_chart(
+            _long_rows(own), title, *((significant, None) if bits else (percent, (0.0, 1.0)))
+        )
+        panels.append(element("div", caption(title), chart, class_="panel"))
+    return section("long", LONG, lead(*said), figure(element("div", panels, class_="panels even")))
+
+
+def _distillation_words(methods: Sequence[Method]) -> list[str | None]:
+    by_role = {method.role: method for method in methods}
+    rl, distilled = by_role.get(RL), by_role.get(ON_POLICY)
+    k = max(method.k for method in methods)
+    said: list[str | None] = [
+        f"The same small student, two ways on from one start; pass@1 is the mean over samples, pass@{k} the chance that one "
+        f"of {count(k)} is right."
+        if k
+        else None
+    ]
+    if rl is None or distilled is None:
+        return said
+    gain = distilled.pass_at_1 - rl.pass_at_1
+    cost = (
+        f" with {percent(distilled.samples_ratio)} of its samples"
+        if distilled.samples_ratio is not None
+        else ""
+    )
+    side = "above" if gain >= 0 else "below"
+    said.append(
+        f"Distillation ends {points(abs(gain)).lstrip('+')} points {side} reinforcement learning in pass@1{cost}."
+    )
+    if distilled.flops_ratio is not None:
+        said.append(
+            f"Counting the teacher's forward passes, its floating-point operations are {multiple(distilled.flops_ratio)} "
+            "of reinforcement learning's."
+        )
+    return said
+
+
+def _methods(methods: Sequence[Method]) -> Markup:
+    k = max(method.k for method in methods)
+    against = any(method.role == RL for method in methods)
+    header = ["method", "pass@1", f"pass@{k}" if k else "pass@k", "samples", "FLOPs", "time"]
+    if against:
+        header.append("samples | FLOPs | time of RL's")
+    rows = []
+    for method in methods:
+        row: list[str | Markup] = [
+            method.method,
+            _estimate(method.pass_at_1, method.pass_at_1_low, method.pass_at_1_high),
+            _estimate(method.pass_at_k, method.pass_at_k_low, method.pass_at_k_high),
+            DASH if not method.samples else count(method.samples),
+            DASH if not method.cost_flops else scientific(method.cost_flops),
+            DASH if method.seconds is None else duration(method.seconds),
+        ]
+        if against:
+            row.append(_ratios(method))
+        rows.append(row)
+    return table(header, rows)
+
+
+def _ratios(method: Method) -> str:
+    if method.role == RL:
+        return "1"
+    if method.role != ON_POLICY:
+        return DASH
+    ratios = (method.samples_ratio, method.flops_ratio, method.seconds_ratio)
+    return " | ".join(DASH if ratio is None else multiple(ratio) for ratio in ratios)
+
+
+def _estimate(score: float | None, low: float | None, high: float | None) -> str | Markup:
+    if score is None:
+        return DASH
+    span = element("span", interval(low, high), class_="interval")
+    return element("span", element("b", bare_percent(score)), span)
+
+
+def _method_row(method: Method) -> Row:
+    marks = [Mark(method.pass_at_1, method.pass_at_1_low, method.pass_at_1_high, THINKING, label="pass@1")]
+    if method.pass_at_k is not None:
+        label = f"pass@{method.k}"
+        marks.append(
+            Mark(
+                method.pass_at_k,
+                method.pass_at_k_low,
+                method.pass_at_k_high,
+                "neutral",
+                hollow=True,
+                label=label,
+            )
+        )
+    return Row(method.method, tuple(marks))
+
+
+def _long_words(name: str, rows: Sequence[LongContext]) -> str:
+    """One sentence on a measure; it compares the first stage with the last at the longest length."""
+    longest = max(row.length_tokens for row in rows)
+    ends = [row for row in rows if row.length_tokens == longest] if name == BITS_PER_BYTE else list(rows)
+    first, last = ends[0], ends[-1]
+    shown = significant if name == BITS_PER_BYTE else percent
+    what = (
+        f"Bits per byte of {plural(last.n, 'held-out text')}"
+        if name == BITS_PER_BYTE
+        else f"Recall of a planted fact in {plural(last.n, 'text')}"
+    )
+    lengths = f"{count(last.length_tokens)} tokens"
+    if first.after_stage == last.after_stage:
+        return f"{what} at {lengths}: {shown(last.score)} after {last.after_stage}."
+    return f"{what} at {lengths}: {shown(first.score)} after {first.after_stage}, {shown(last.score)} after {last.after_stage}."
+
+
+def _long_rows(rows: Sequence[LongContext]) -> list[Row]:
+    return [
+        Row(
+            f"after {row.after_stage}, {count(row.length_tokens)} tokens",
+            (
+                Mark(
+                    row.score,
+                    row.low,
+                    row.high,
+                    "accent" if row.after_stage == rows[-1].after_stage else "neutral",
+                ),
+            ),
+        )
+        for row in rows
+    ]

@@ -1,0 +1,90 @@
+"""How training went: loss over all stages, then the rewards of each stage of reinforcement learning."""
+
+from pensar.report.charts import responsive
+from pensar.report.contents import Report, Training
+from pensar.report.curves import DIVERGENCE, LOSS, loss_chart, reward_chart, value_chart
+from pensar.report.html import Child, Markup, element
+from pensar.report.numbers import DASH, count, listing, percent, plural, short, significant, words
+from pensar.report.sections.frame import caption, figure, lead, pending, section, table
+
+REWARD, ENTROPY, LENGTH = "reward", "entropy", "length"
+FAMILY = "reward/"
+
+
+def learning(report: Report) -> Markup:
+    """Loss of all stages on one axis with a table of its ends, and a row of charts for each stage with rewards."""
+    trainings = report.training
+    if not trainings:
+        return section(
+            "training",
+            "Training",
+            pending("the first pre-training stage", "the loss of every training stage"),
+        )
+    chart = responsive(lambda width: loss_chart(trainings, width))
+    parts: list[Child] = [lead(*_loss_words(trainings)), figure(chart, _ends(trainings))]
+    rewarded = [stage for stage in trainings if REWARD in stage.series]
+    if rewarded:
+        parts.append(element("h3", "Rewards"))
+        parts.append(lead(*_reward_words(rewarded)))
+        parts += [_rewards(stage) for stage in rewarded]
+    return section("training", "Training", *parts)
+
+
+def _loss_words(trainings: list[Training]) -> list[str | None]:
+    with_loss = [stage for stage in trainings if LOSS in stage.series]
+    first = with_loss[0] if with_loss else None
+    begun = [stage.stage for stage in trainings if not stage.finished]
+    return [
+        f"{plural(len(trainings), 'stage')} learnt from {short(sum(stage.tokens for stage in trainings))} tokens, first to last.",
+        f"In {first.stage} the loss goes from {significant(first.first[LOSS])} to {significant(first.last[LOSS])} nats per token."
+        if first
+        else None,
+        "A band is wider the more tokens its stage learnt from, with a least width; within a band steps run evenly.",
+        "Solid: cross-entropy of the stage's own data; dashed: divergence from the teacher; both in nats per token."
+        if any(DIVERGENCE in stage.series for stage in trainings)
+        else "The line is the cross-entropy of the stage's own data, so it may jump where the data changes.",
+        f"Not finished: {listing(begun)}." if begun else None,
+    ]
+
+
+def _ends(trainings: list[Training]) -> Markup:
+    rows = []
+    for number, stage in enumerate(trainings, start=1):
+        name = next((name for name in (LOSS, DIVERGENCE, REWARD) if name in stage.series), "")
+        shown = percent if name == REWARD else significant
+        ends = f"{name} {shown(stage.first[name])} → {shown(stage.last[name])}" if name else DASH
+        rows.append([f"{number} {stage.stage}", ends, count(stage.steps), short(stage.tokens)])
+    return table(["stage", "first → last twentieth of its steps", "steps", "tokens"], rows, text_columns=2)
+
+
+def _reward_words(rewarded: list[Training]) -> list[str]:
+    ends = [
+        f"{percent(stage.first[REWARD])} to {percent(stage.last[REWARD])} in {stage.stage}"
+        for stage in rewarded
+    ]
+    said = [f"The mean reward of the drawn replies goes from {listing(ends)}."]
+    entropic = [stage for stage in rewarded if ENTROPY in stage.series]
+    if entropic:
+        kept = [
+            f"{significant(stage.first[ENTROPY], 2)} to {significant(stage.last[ENTROPY], 2)} in {stage.stage}"
+            for stage in entropic
+        ]
+        said.append(f"Entropy, which must not collapse, goes from {listing(kept)} (nats per token).")
+    return said
+
+
+def _rewards(stage: Training) -> Markup:
+    families = {name: words(name.removeprefix(FAMILY)) for name in stage.series if name.startswith(FAMILY)}
+    panels = [element("div", caption("reward"), reward_chart(stage, families), class_="panel large")]
+    if ENTROPY in stage.series:
+        panels.append(
+            element("div", caption("entropy, nats per token"), value_chart(stage, ENTROPY), class_="panel")
+        )
+    elif DIVERGENCE in stage.series:
+        chart = value_chart(stage, DIVERGENCE)
+        panels.append(element("div", caption("divergence from the teacher"), chart, class_="panel"))
+    if LENGTH in stage.series:
+        panels.append(
+            element("div", caption("length of a reply, tokens"), value_chart(stage, LENGTH), class_="panel")
+        )
+    return figure(element("h4", stage.stage), element("div", panels, class_="panels"))
