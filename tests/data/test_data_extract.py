@@ -10,7 +10,7 @@ from pensar.base.errors import DataError
 from pensar.base.stage import Counts, Runtime
 from pensar.data import extract, sources
 from pensar.data.demo_pdf import booklet
-from pensar.data.documents import read_documents, read_dropped
+from pensar.data.documents import read_documents
 from pensar.data.extract import ExtractConfig, decoded, tidy
 from pensar.data.html import page_text
 from pensar.data.pdf import paragraphs, pdf_text, without_running_lines
@@ -135,8 +135,9 @@ def test_a_pdf_without_text_and_pages_without_text_are_reported() -> None:
 
 
 def test_running_lines_go_and_hyphens_are_joined() -> None:
-    pages = [["Journal 12", "first line", "of it", str(n)] for n in range(1, 4)]
-    assert without_running_lines(pages) == [["first line", "of it"]] * 3
+    bodies = [["the first", "page"], ["another", "one"], ["and the", "last"]]
+    pages = [["Journal 12", *body, str(number)] for number, body in enumerate(bodies)]
+    assert without_running_lines(pages) == bodies
     lines = [
         "a line that is as long as usual, and then an extra-",
         "ordinary word stands at its end, well-known to",

@@ -16,7 +16,7 @@ from pensar.text.document import Document
 
 ENGLISH = "The river rises in the hills and runs for a long way through the plain before it meets the sea."
 PORTUGUESE = "O rio nasce na serra e corre por um longo caminho através da planície antes de chegar ao mar."
-SERBIAN = "Ђорђе је љубитељ књига и често каже да ће његова кућа бити школа. Код нас у селу свако зна шта је џем од шљива."
+SERBIAN = "Ђорђе је љубитељ књига и каже да ће његова кућа бити школа. Код нас свако зна шта је џем од шљива."
 TRADITIONAL = "這條河從山上流下來，經過很長的平原，最後流進大海。沿岸的人們靠捕魚和種稻為生，學校也在河邊。"
 SIMPLIFIED = "这条河从山上流下来，经过很长的平原，最后流进大海。沿岸的人们靠捕鱼和种稻为生，学校也在河边。"
 JAPANESE = (
@@ -112,7 +112,7 @@ def test_declarations_are_kept_and_their_fate_is_counted(
 
 
 def test_a_model_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="language.model .* does not exist; leave it empty"):
+    with pytest.raises(ConfigError, match=r"language.model .* does not exist; leave it empty"):
         Detector(LanguageConfig(model=str(tmp_path / "none.ftz")))
 
 

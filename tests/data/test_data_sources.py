@@ -153,7 +153,7 @@ def test_a_path_that_is_not_there_is_a_mistake(tmp_path: Path, runtime: Runtime)
 
 def test_an_empty_corpus_says_what_to_do(tmp_path: Path, runtime: Runtime) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no file was found.*point data.sources"):
+    with pytest.raises(DataError, match=r"no file was found.*point data.sources"):
         read(runtime, tmp_path / "out", Source(name="mine", path=str(tmp_path / "empty")))
     (tmp_path / "empty" / "image.raw").write_bytes(b"\0")
     with pytest.raises(DataError, match="unknown_format 1"):

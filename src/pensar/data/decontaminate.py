@@ -33,7 +33,7 @@ class DecontaminateConfig(Config, frozen=True, kw_only=True):
 
     ngram: int = 13
     min_item_words: int = 4
-    """A shorter item (`2+2=`) stands everywhere; it is reported as not checked."""
+    """A shorter item (`2+2=`) stands everywhere; prose is not checked for it, and the report says how many."""
     max_items_per_ngram: int = 3
     """A run of words in more items than this is template."""
     folders: tuple[str, ...] = ("evaluation", "validation")
@@ -48,34 +48,26 @@ class Hit(msgspec.Struct, frozen=True):
     """`ngram` or `whole`."""
 
 
-class EvaluationIndex:
-    """Evaluation items, ready to be looked for in documents; an item's name is its set and line, `reasoning#12`."""
+class WholeItems:
+    """Evaluation items to be found from their first word to their last.
 
-    def __init__(self, items: Iterable[tuple[str, str]], config: DecontaminateConfig) -> None:
-        self.config = config
-        self.sets: Counter[str] = Counter()
-        self.not_checked: Counter[str] = Counter()
-        self._whole: dict[int, str] = {}
+    With `operators`, arithmetic signs are words, so that problems that differ in a sign are different items.
+    """
+
+    def __init__(self, items: Sequence[tuple[str, str]], min_words: int, *, operators: bool) -> None:
+        self.operators = operators
+        self._names: dict[int, str] = {}
         anchors: dict[int, dict[int, set[int]]] = {}
-        grams: dict[int, set[str]] = {}
         for name, prompt in items:
-            item_set = name.rpartition("#")[0]
-            self.sets[item_set] += 1
-            words = Words(prompt, operators=True)
-            if len(words) < config.min_item_words:
-                self.not_checked[item_set] += 1
+            words = Words(prompt, operators=operators)
+            if len(words) < min_words:
                 continue
-            anchor = min(ANCHOR, len(words))
-            self._whole.setdefault(int(_sized(words, np.array([0]), np.array([len(words)]))[0]), name)
-            key = int(words.ngrams(anchor)[0])
-            anchors.setdefault(anchor, {}).setdefault(key, set()).add(len(words))
-            for gram in words.ngrams(config.ngram).tolist():
-                grams.setdefault(gram, set()).add(name)
-        limit = config.max_items_per_ngram
-        self._grams = {gram: min(names) for gram, names in grams.items() if len(names) <= limit}
-        self._sorted: Words64 = np.array(sorted(self._grams), np.uint64)
-        self._sorted_whole: Words64 = np.array(sorted(self._whole), np.uint64)
-        # Length of the anchor -> its hashes, and the lengths of the items that begin with each.
+            size = min(ANCHOR, len(words))
+            key = int(words.ngrams(size)[0])
+            anchors.setdefault(size, {}).setdefault(key, set()).add(len(words))
+            self._names.setdefault(int(_sized(words, np.array([0]), np.array([len(words)]))[0]), name)
+        self._ordered: Words64 = np.array(sorted(self._names), np.uint64)
+        # Size of the anchor -> its hashes, and the lengths of the items that begin with each.
         self._anchors = {
             size: (
                 np.array(sorted(of), np.uint64),
@@ -84,23 +76,14 @@ class EvaluationIndex:
             for size, of in anchors.items()
         }
 
-    def find(self, document: Document) -> Hit | None:
-        """The first overlap that contaminates the document."""
-        words = Words(document.text, operators=True)
-        whole = self.find_whole(words, own_lines=document.kind == "task")
-        if whole is not None or document.kind == "task":
-            return whole
-        grams = words.ngrams(self.config.ngram)
-        places = np.flatnonzero(contained(grams, self._sorted))
-        return Hit(self._grams[int(grams[places[0]])], "ngram") if len(places) else None
-
-    def find_whole(self, words: Words, *, own_lines: bool) -> Hit | None:
-        """An item that stands in the words from its first to its last, with `own_lines` not cut out of a line."""
+    def find(self, text: str, *, own_lines: bool) -> str | None:
+        """Name of an item that stands in the text; with `own_lines` only one that ends where a line ends."""
+        words = Words(text, operators=self.operators)
         line_ends = words.line_ends()
         for size, (keys, lengths_of) in self._anchors.items():
             grams = words.ngrams(size)
             places = np.flatnonzero(contained(grams, keys))
-            for key in set(grams[places].tolist()):
+            for key in sorted(set(grams[places].tolist())):
                 starts = places[grams[places] == np.uint64(key)][:, None]
                 starts, ends = (
                     grid.ravel() for grid in np.broadcast_arrays(starts, starts + lengths_of[key])
@@ -108,10 +91,43 @@ class EvaluationIndex:
                 fits = ends <= len(words)
                 fits[fits] = line_ends[ends[fits] - 1] | (not own_lines)
                 values = _sized(words, starts[fits], ends[fits])
-                found = np.flatnonzero(contained(values, self._sorted_whole))
+                found = np.flatnonzero(contained(values, self._ordered))
                 if len(found):
-                    return Hit(self._whole[int(values[found[0]])], "whole")
+                    return self._names[int(values[found[0]])]
         return None
+
+
+class EvaluationIndex:
+    """Evaluation items, ready to be looked for in documents; an item's name is its set and line, `reasoning#12`."""
+
+    def __init__(self, items: Sequence[tuple[str, str]], config: DecontaminateConfig) -> None:
+        self.config = config
+        self.sets = Counter(_set_of(name) for name, _ in items)
+        self._in_tasks = WholeItems(items, config.min_item_words, operators=True)
+        self._in_prose = WholeItems(items, config.min_item_words, operators=False)
+        self.not_checked: Counter[str] = Counter()
+        grams: dict[int, set[str]] = {}
+        for name, prompt in items:
+            words = Words(prompt)
+            if len(words) < config.min_item_words:
+                self.not_checked[_set_of(name)] += 1
+            for gram in words.ngrams(config.ngram).tolist():
+                grams.setdefault(gram, set()).add(name)
+        limit = config.max_items_per_ngram
+        self._grams = {gram: min(names) for gram, names in grams.items() if len(names) <= limit}
+        self._ordered: Words64 = np.array(sorted(self._grams), np.uint64)
+
+    def find(self, document: Document) -> Hit | None:
+        """The first overlap that contaminates the document."""
+        is_task = document.kind == "task"
+        whole = (self._in_tasks if is_task else self._in_prose).find(document.text, own_lines=is_task)
+        if whole is not None:
+            return Hit(whole, "whole")
+        if is_task:
+            return None
+        grams = Words(document.text).ngrams(self.config.ngram)
+        places = np.flatnonzero(contained(grams, self._ordered))
+        return Hit(self._grams[int(grams[places[0]])], "ngram") if len(places) else None
 
 
 def run(config: DecontaminateConfig, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> Counts:
@@ -126,7 +142,7 @@ def run(config: DecontaminateConfig, inputs: Mapping[str, Path], out: Path, runt
                 judged.kept.append(document)
                 continue
             document.marks |= {"evaluation_item": hit.item, "overlap": hit.how}
-            judged.drop(document, f"contains_{hit.how}_item" if hit.how == "whole" else "contains_item_ngram")
+            judged.drop(document, "contains_item" if hit.how == "whole" else "contains_item_ngram")
         return judged
 
     counts = map_shards(inputs["documents"], out, runtime, "looking for evaluation items", judge)
@@ -181,11 +197,15 @@ def contamination_report(index: EvaluationIndex, dropped: Iterable[Dropped]) -> 
     }
     for document, _ in dropped:
         item = str(document.marks["evaluation_item"])
-        sources = sets[item.rpartition("#")[0]]["sources"]
+        sources = sets[_set_of(item)]["sources"]
         example = {"item": item, "document": document.id, "text": document.text[:NUM_QUOTED_CHARACTERS]}
         entry = sources.setdefault(document.source, {"hits": 0, "example": example})
         entry["hits"] += 1
     return {"ngram": index.config.ngram, "sets": sets}
+
+
+def _set_of(name: str) -> str:
+    return name.rpartition("#")[0]
 
 
 def _sized(words: Words, starts: Positions, ends: Positions) -> Words64:

@@ -5,7 +5,6 @@ Codes are ISO 639-3 and script, such as `por_Latn`. A document that declares its
 """
 
 import importlib.util
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -179,6 +178,4 @@ def _load_model(path: str) -> Any:
         raise ConfigError(
             f"language.model {path} does not exist; leave it empty for the model that is installed"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return fasttext.load_model(path)
+    return fasttext.load_model(path)

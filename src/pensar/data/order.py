@@ -56,6 +56,7 @@ class PretrainData:
                 "add documents or shorten the context"
             )
         self._layout = lru_cache(maxsize=CACHED_PASSES)(self._make_layout)
+        self._shuffle = lru_cache(maxsize=CACHED_PASSES)(self._make_shuffle)
         self._first_rows = [0]
 
     @property
@@ -80,14 +81,18 @@ class PretrainData:
         return [ids[piece.document].as_py() for piece in self._layout(number).pieces(inside)]
 
     def _locate(self, i: int) -> tuple[int, int]:
-        """(pass, row of the pass) of a global row."""
+        """(pass, row of the pass's layout) of a global row."""
         if i < 0:
             raise ConfigError(f"row {i} does not exist; rows are numbered from 0")
         while self._first_rows[-1] <= i:
             number = len(self._first_rows) - 1
             self._first_rows.append(self._first_rows[-1] + self._layout(number).num_rows)
         number = int(np.searchsorted(self._first_rows, i, side="right")) - 1
-        return number, i - self._first_rows[number]
+        return number, int(self._shuffle(number)[i - self._first_rows[number]])
+
+    def _make_shuffle(self, number: int) -> npt.NDArray[np.int64]:
+        """The order of a pass's rows: the rows that one long document fills must not follow each other."""
+        return permutation(self._layout(number).num_rows, seed_of(self.seed, "rows", self.mixture, number))
 
     def _make_layout(self, number: int) -> Layout:
         seed = seed_of(self.seed, "order", self.mixture, number)

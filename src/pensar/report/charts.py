@@ -8,8 +8,8 @@ from pensar.report.html import Child, Markup, element
 
 WIDE, NARROW = 920, 380
 """Widths for which a chart is drawn: for a desk and for a phone."""
-CHARACTER = 6.4
-"""Width of an average character of a label, in pixels."""
+CHARACTER = 7.0
+"""Width of an average character of a label, in pixels, in a wide system font."""
 Point = tuple[float, float]
 
 
@@ -67,11 +67,11 @@ def picture(width: float, height: float, label: str, *children: Child, class_: s
     return element("svg", *children, class_=class_, viewBox=box, style=style, role="img", aria_label=label)
 
 
-def responsive(draw: Callable[[float], Markup]) -> Markup:
+def responsive(draw: Callable[[float], Markup], wide: float = WIDE) -> Markup:
     """One chart drawn for a desk and for a phone; the style sheet shows the one that fits."""
     return element(
         "div",
-        element("div", draw(WIDE), class_="wide"),
+        element("div", draw(wide), class_="wide"),
         element("div", draw(NARROW), class_="narrow"),
         class_="responsive",
     )

@@ -9,9 +9,8 @@ import msgspec
 from pensar.base.attempt import DRAFT_SUFFIX
 from pensar.base.errors import DataError
 from pensar.base.identity import LOGS
-from pensar.base.lineage import ancestors
 from pensar.base.manifest import FOLDER as FOLDER_NAME
-from pensar.base.manifest import Artifact, Manifest, artifacts_in
+from pensar.report.choice import OWN_STAGE, RESULTS, Chosen, choose
 from pensar.report.compare import compared, headline, with_changes
 from pensar.report.contents import (
     Draft,
@@ -26,26 +25,23 @@ from pensar.report.contents import (
 )
 from pensar.report.records import Record, read_record, training
 
-RESULTS = "results.json"
-OWN_STAGE = "report"
-"""An earlier report is no part of what a report tells of."""
 UNDETERMINED = "und"
 
 
-def collect(run: Path, drawn_in: Path | None = None) -> Report:
-    """The report of a run as far as it has got; `drawn_in` is the folder that is being written, which is left out."""
-    artifacts = newest(run)
-    records = {
-        manifest.stage: read_record(folder, run / LOGS / folder.name) for folder, manifest in artifacts
-    }
-    stages = [
-        _stage_row(folder, manifest, artifacts, records[manifest.stage]) for folder, manifest in artifacts
-    ]
-    drafts, draft_trainings = _drafts(run, drawn_in)
+def collect(run: Path, shown: Sequence[Path] = (), drawn_in: Path | None = None) -> Report:
+    """The report of a run as far as it has got.
+
+    `shown` are the artifacts that it is about, where the caller knows; `drawn_in` is the folder that is being
+    written, which is left out.
+    """
+    artifacts, left_out = choose(run, shown)
+    records = {one.stage: read_record(one.folder, run / LOGS / one.folder.name) for one in artifacts}
+    stages = [_stage_row(one, records[one.stage]) for one in artifacts]
+    drafts, draft_trainings = _drafts(run, set(records), drawn_in)
     trainings = [
         training(stage, record) for stage, record in records.items() if record.rows
     ] + draft_trainings
-    results = _results([folder for folder, _ in artifacts])
+    results = _results(artifacts)
     known = results or Results()
     table = with_changes(known.stage_table, [row.name for row in stages])
     methods = compared(known.rl_against_distillation, {row.name: row.seconds for row in stages})
@@ -57,6 +53,7 @@ def collect(run: Path, drawn_in: Path | None = None) -> Report:
         headline=headline(known, stages, trainings, funnel),
         stages=stages,
         unfinished=drafts,
+        left_out=left_out,
         funnel=funnel,
         examples=_examples(artifacts),
         languages=_languages(artifacts),
@@ -67,35 +64,13 @@ def collect(run: Path, drawn_in: Path | None = None) -> Report:
     )
 
 
-def newest(run: Path) -> list[tuple[Path, Manifest]]:
-    """One artifact a stage, in the order of the work.
-
-    What went into the newest artifact of all comes first; every other stage is shown by its own newest one.
-    """
-    found = [item for item in artifacts_in(run) if item.manifest and item.manifest.stage != OWN_STAGE]
-    chosen: dict[str, Artifact] = {}
-    for artifact in [*found[:1], *(ancestors(found[0].folder) if found else []), *found]:
-        if artifact.manifest is not None and artifact.folder.parent == run:
-            chosen.setdefault(artifact.manifest.stage, artifact)
-    pairs = [(item.folder, item.manifest) for item in chosen.values() if item.manifest is not None]
-    # An artifact is always older than what was made from it.
-    return sorted(pairs, key=lambda pair: (pair[1].timings.finished, pair[0].name))
-
-
-def _stage_row(
-    folder: Path, manifest: Manifest, artifacts: Sequence[tuple[Path, Manifest]], record: Record
-) -> StageRow:
-    shown = {other.stage: path.name for path, other in artifacts}
+def _stage_row(one: Chosen, record: Record) -> StageRow:
+    manifest = one.manifest
     tokens = record.tokens() or _whole(manifest.counts.get("tokens"))
     seconds = record.seconds() or manifest.timings.seconds
-    outdated = [
-        role
-        for role, entry in manifest.inputs.items()
-        if entry.stage in shown and "/" not in entry.folder and entry.folder != shown[entry.stage]
-    ]
     return StageRow(
         name=manifest.stage,
-        folder=folder.name,
+        folder=one.folder.name,
         fingerprint=manifest.fingerprint,
         revision=manifest.revision,
         seconds=manifest.timings.seconds,
@@ -110,16 +85,18 @@ def _stage_row(
         outside=manifest.outside,
         config=manifest.config,
         counts=manifest.counts,
-        outdated=outdated,
     )
 
 
-def _drafts(run: Path, drawn_in: Path | None) -> tuple[list[Draft], list[Training]]:
+def _drafts(run: Path, done: set[str], drawn_in: Path | None) -> tuple[list[Draft], list[Training]]:
+    """What has begun of the stages that have nothing to show yet."""
     drafts, trainings = [], []
     own = drawn_in.resolve() if drawn_in is not None else None
     for folder in sorted(run.glob(f"*{DRAFT_SUFFIX}")):
         name = FOLDER_NAME.fullmatch(folder.name.removesuffix(DRAFT_SUFFIX))
-        if name is None or not folder.is_dir() or folder.resolve() == own or name["stage"] == OWN_STAGE:
+        if name is None or not folder.is_dir() or folder.resolve() == own:
+            continue
+        if name["stage"] in done or name["stage"] == OWN_STAGE:
             continue
         record = read_record(folder, run / LOGS / folder.name.removesuffix(DRAFT_SUFFIX))
         drafts.append(Draft(name=name["stage"], steps=len(record.rows)))
@@ -128,9 +105,10 @@ def _drafts(run: Path, drawn_in: Path | None) -> tuple[list[Draft], list[Trainin
     return drafts, trainings
 
 
-def _results(folders: Sequence[Path]) -> Results | None:
-    """What the latest evaluation wrote; None before there is any."""
-    path = next((folder / RESULTS for folder in reversed(folders) if (folder / RESULTS).is_file()), None)
+def _results(artifacts: Sequence[Chosen]) -> Results | None:
+    """What the evaluation wrote; None before there is any."""
+    paths = [one.folder / RESULTS for one in artifacts]
+    path = next((path for path in reversed(paths) if path.is_file()), None)
     if path is None:
         return None
     try:
@@ -141,14 +119,14 @@ def _results(folders: Sequence[Path]) -> Results | None:
         ) from None
 
 
-def _funnel(artifacts: Sequence[tuple[Path, Manifest]]) -> list[FunnelRow]:
+def _funnel(artifacts: Sequence[Chosen]) -> list[FunnelRow]:
     rows = []
-    for _, manifest in artifacts:
-        counts = manifest.counts
+    for one in artifacts:
+        counts = one.manifest.counts
         if "documents_in" in counts and "documents_out" in counts:
             rows.append(
                 FunnelRow(
-                    stage=manifest.stage,
+                    stage=one.stage,
                     documents_in=counts["documents_in"],
                     documents_out=counts["documents_out"],
                     bytes_in=counts.get("bytes_in", 0),
@@ -159,10 +137,10 @@ def _funnel(artifacts: Sequence[tuple[Path, Manifest]]) -> list[FunnelRow]:
     return rows
 
 
-def _examples(artifacts: Sequence[tuple[Path, Manifest]]) -> list[ExamplesRow]:
+def _examples(artifacts: Sequence[Chosen]) -> list[ExamplesRow]:
     rows = []
-    for _, manifest in artifacts:
-        counts = manifest.counts
+    for one in artifacts:
+        counts = one.manifest.counts
         if "examples" not in counts:
             continue
         dropped = counts.get("dropped", {})
@@ -170,7 +148,7 @@ def _examples(artifacts: Sequence[tuple[Path, Manifest]]) -> list[ExamplesRow]:
             dropped = {**dropped, "rejected": rejected}
         rows.append(
             ExamplesRow(
-                stage=manifest.stage,
+                stage=one.stage,
                 queries=_whole(counts.get("queries")),
                 examples=counts["examples"],
                 dropped=_most_first(dropped),
@@ -179,15 +157,13 @@ def _examples(artifacts: Sequence[tuple[Path, Manifest]]) -> list[ExamplesRow]:
     return rows
 
 
-def _languages(artifacts: Sequence[tuple[Path, Manifest]]) -> Languages | None:
-    counted = next(
-        (manifest for _, manifest in reversed(artifacts) if manifest.counts.get("languages")), None
-    )
-    if counted is None or not isinstance(counted.counts["languages"], dict):
+def _languages(artifacts: Sequence[Chosen]) -> Languages | None:
+    counted = next((one for one in reversed(artifacts) if one.manifest.counts.get("languages")), None)
+    if counted is None:
         return None
     from pensar.data.language import language_table
 
-    documents: dict[str, int] = _most_first(counted.counts["languages"])
+    documents: dict[str, int] = _most_first(counted.manifest.counts["languages"])
     names = {language.code: language.name for language in language_table()}
     return Languages(
         stage=counted.stage,
@@ -206,10 +182,10 @@ def _languages(artifacts: Sequence[tuple[Path, Manifest]]) -> Languages | None:
     )
 
 
-def _versions(artifacts: Sequence[tuple[Path, Manifest]]) -> dict[str, str]:
+def _versions(artifacts: Sequence[Chosen]) -> dict[str, str]:
     found: dict[str, dict[str, None]] = {}
-    for _, manifest in artifacts:
-        for name, version in manifest.versions.items():
+    for one in artifacts:
+        for name, version in one.manifest.versions.items():
             found.setdefault(name, {})[version] = None
     return {name: ", ".join(versions) for name, versions in sorted(found.items())}
 

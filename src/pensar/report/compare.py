@@ -1,4 +1,4 @@
-"""What the page compares: scores stage against stage, mode against mode, distillation against reinforcement learning."""
+"""What the page compares: stage against stage, mode against mode, distillation against reinforcement learning."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -32,8 +32,6 @@ class StageRow(Part, frozen=True, kw_only=True):
     config: dict[str, Any] = {}
     """Defaults omitted."""
     counts: dict[str, Any] = {}
-    outdated: list[str] = []
-    """Inputs of which the run has a newer artifact by now."""
 
 
 class Draft(Part, frozen=True, kw_only=True):
@@ -90,9 +88,9 @@ class Training(Part, frozen=True, kw_only=True):
     tokens: int
     finished: bool
     first: dict[str, float]
-    """Value -> mean over the first twentieth of the steps."""
+    """Value -> mean over the first tenth of the steps."""
     last: dict[str, float]
-    """Value -> mean over the last twentieth of the steps."""
+    """Value -> mean over the last tenth of the steps."""
     series: dict[str, list[tuple[float, float]]]
     """Value -> (step, mean around that step)."""
 
@@ -245,6 +243,8 @@ class Report(Results, frozen=True, kw_only=True):
     headline: Headline
     stages: list[StageRow]
     unfinished: list[Draft]
+    left_out: list[str]
+    """Stages with artifacts that do not go with those shown: of other settings, or begun anew since."""
     funnel: list[FunnelRow]
     examples: list[ExamplesRow]
     languages: Languages | None

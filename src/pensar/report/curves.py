@@ -30,19 +30,23 @@ LEAST_BAND = 0.045
 """Least share of the axis for a stage, so that a short one can be seen."""
 LOG_FROM = 8.0
 """Ratio of highest to lowest value from which the axis is logarithmic."""
+EVEN_FROM = 24.0
+"""Ratio of highest to lowest budget from which budgets stand evenly spaced."""
 LINE_HEIGHT = 14.0
+SMOOTH = 24
+"""A running mean reaches such a part of the points to either side; none for a shorter series."""
 
 
 def loss_chart(trainings: Sequence[Training], width: float) -> Markup:
     """Loss of every training stage on one axis; each stage has a band as wide as the tokens it learnt from."""
     slanted = width > NARROW
-    top, height = (92.0, 400.0) if slanted else (28.0, 300.0)
+    top, height = (92.0, 416.0) if slanted else (28.0, 316.0)
     values = [y for stage in trainings for name in (LOSS, DIVERGENCE) for _, y in stage.series.get(name, [])]
     positive = [y for y in values if y > 0]
     logarithmic = bool(positive) and len(positive) == len(values) and max(values) > LOG_FROM * min(values)
     low = min(values, default=0.0) * 0.9 if logarithmic else 0.0
-    y = Scale(low, max(values, default=1.0) * 1.05 or 1.0, height - 30, top, logarithmic)
-    frame = Frame(Scale(0, 1, 44, width - (58 if slanted else 8)), y)
+    y = Scale(low, max(values, default=1.0) * 1.05 or 1.0, height - 44, top, logarithmic)
+    frame = Frame(Scale(0, 1, 44, width - (104 if slanted else 8)), y)
     marks: list[Markup] = []
     bands = list(zip(trainings, pairwise(_edges(trainings)), strict=True))
     for number, (stage, edges) in enumerate(bands, start=1):
@@ -59,21 +63,22 @@ def loss_chart(trainings: Sequence[Training], width: float) -> Markup:
 
 def reward_chart(stage: Training, families: dict[str, str], width: float = 420) -> Markup:
     """Reward over the steps of one stage: all tasks together, and each family with its name at the line's end."""
-    labels = ["all", *families.values()] if len(families) > 1 else ["all"]
-    room = max(len(label) for label in labels) * CHARACTER + 14
-    frame = Frame(Scale(*_steps(stage), 38, width - room), Scale(0, 1, 206, 12))
-    marks = [*y_axis(frame, [0, 0.25, 0.5, 0.75, 1], percent), *_step_axis(frame)]
-    lines = [("reward", "all", "line strong")]
+    lines = [("reward", "all" if len(families) > 1 else "", "line strong")]
     if len(families) > 1:
         lines = [(name, label, "line thin") for name, label in families.items()] + lines
-    ends = [frame.y(stage.series[name][-1][1]) for name, _, _ in lines]
-    places = spread(ends, LINE_HEIGHT, frame.top + 4, frame.bottom)
-    for (name, label, class_), place in zip(lines, places, strict=True):
-        points = [frame.at(point) for point in stage.series[name]]
-        marks.append(trace(points, class_, f"{label}: {percent(stage.last[name])} at the end"))
-        strong = "label strong" if name == "reward" else "label"
-        marks.append(text(frame.right + 6, place + 4, label, strong))
-    return picture(width, 240, f"Reward over the steps of {stage.stage}", marks)
+    ends = {name: stage.series[name][-1][1] for name, _, _ in lines}
+    labels = [f"{label} {percent(ends[name], 0)}".strip() for name, label, _ in lines]
+    bottom = max(206, 12 + LINE_HEIGHT * len(lines))
+    right = width - max(len(label) for label in labels) * CHARACTER - 20
+    frame = Frame(Scale(*_steps(stage), 38, right), Scale(0, 1, bottom, 12))
+    marks = [*y_axis(frame, [0, 0.25, 0.5, 0.75, 1], percent), *_step_axis(frame)]
+    places = spread([frame.y(end) for end in ends.values()], LINE_HEIGHT, frame.top + 4, frame.bottom)
+    for (name, _, class_), shown, place in zip(lines, labels, places, strict=True):
+        marks.append(trace([frame.at(point) for point in stage.series[name]], class_, shown))
+        marks.append(
+            text(right + 6, place + 4, shown, "label strong" if class_ == "line strong" else "label")
+        )
+    return picture(width, bottom + 34, f"Reward over the steps of {stage.stage}", marks)
 
 
 def value_chart(
@@ -94,31 +99,52 @@ def budget_chart(points: Sequence[BudgetPoint], references: References, width: f
     """Accuracy against thinking budget with its intervals, between the two modes' own accuracies."""
     narrow = width <= NARROW
     height = 320.0 if narrow else 360.0
-    columns = Scale(0, max(len(points) - 1, 1), 50, width - (22 if narrow else 150))
-    frame = Frame(columns, Scale(0, 1, height - 44, 24))
+    places = _budget_places(points)
+    across = Scale(0, max(places[-1], 1e-9), 50, width - (22 if narrow else 168))
+    frame = Frame(across, Scale(0, 1, height - 44, 24))
     marks = y_axis(frame, [0, 0.25, 0.5, 0.75, 1], percent)
-    marks += x_axis(frame, range(len(points)), lambda index: count(points[int(index)].budget))
+    named = dict(zip(places, (count(point.budget) for point in points), strict=True))
+    marks += x_axis(frame, _apart(places, frame, 30), named.__getitem__)
     marks.append(
         text((frame.left + frame.right) / 2, height - 8, "thinking budget, tokens", "tick", "middle")
     )
     marks += _references(references, frame, narrow)
-    whole = [index for index, point in enumerate(points) if point.low is not None and point.high is not None]
-    upper = [frame.at((index, points[index].high or 0.0)) for index in whole]
-    lower = [frame.at((index, points[index].low or 0.0)) for index in whole]
+    whole = [
+        (place, point.low, point.high)
+        for place, point in zip(places, points, strict=True)
+        if point.low is not None and point.high is not None
+    ]
     if len(whole) > 1:
+        upper = [frame.at((place, high)) for place, _, high in whole]
+        lower = [frame.at((place, low)) for place, low, _ in whole]
         marks.append(area(upper, lower, "area thinking"))
-    marks.append(
-        trace([frame.at((index, point.accuracy)) for index, point in enumerate(points)], "line thinking")
-    )
-    every = max(1, round(len(points) * 44 / (frame.right - frame.left)))
-    for index, point in enumerate(points):
-        at = frame.at((index, point.accuracy))
+    spots = [frame.at((place, point.accuracy)) for place, point in zip(places, points, strict=True)]
+    marks.append(trace(spots, "line thinking"))
+    labelled = set(_apart(places, frame, 42))
+    for place, spot, point in zip(places, spots, points, strict=True):
         span = interval(point.low, point.high)
         title = f"budget {count(point.budget)}: {percent(point.accuracy)}" + (f" ({span})" if span else "")
-        marks.append(dot(at, "dot thinking", title))
-        if index % every == 0 or index == len(points) - 1:
-            marks.append(_point_label(at, percent(point.accuracy, 0), frame))
+        marks.append(dot(spot, "dot thinking", title))
+        if place in labelled:
+            marks.append(_point_label(spot, percent(point.accuracy, 0), frame))
     return picture(width, height, "Accuracy against thinking budget", marks)
+
+
+def _budget_places(points: Sequence[BudgetPoint]) -> list[float]:
+    """Budgets on a linear axis; evenly spaced where they spread over orders of magnitude."""
+    budgets = [point.budget for point in points]
+    least = min((budget for budget in budgets if budget > 0), default=1)
+    even = budgets[-1] > EVEN_FROM * least
+    return [float(place) for place in (range(len(budgets)) if even else budgets)]
+
+
+def _apart(places: Sequence[float], frame: Frame, gap: float) -> list[float]:
+    """Those of the places, last one first, that keep `gap` pixels between them."""
+    kept: list[float] = []
+    for place in reversed(places):
+        if not kept or frame.x(kept[-1]) - frame.x(place) >= gap:
+            kept.append(place)
+    return kept
 
 
 def _point_label(at: Point, content: str, frame: Frame) -> Markup:
@@ -143,8 +169,8 @@ def _references(references: References, frame: Frame, narrow: bool) -> list[Mark
             marks.append(text(frame.right, at, f"{mode} {percent(value)}", f"label {mode} halo", "end"))
         else:
             own = "to its own end" if mode == "thinking" else "answers at once"
-            marks.append(text(frame.right + 10, place + 4, f"{mode} {percent(value)}", f"label {mode}"))
-            marks.append(text(frame.right + 10, place + 18, own, "tick"))
+            marks.append(text(frame.right + 22, place + 4, f"{mode} {percent(value)}", f"label {mode}"))
+            marks.append(text(frame.right + 22, place + 18, own, "tick"))
     return marks
 
 
@@ -189,12 +215,28 @@ def _losses(stage: Training, frame: Frame, left: float, right: float) -> list[Ma
     across = Scale(first, last, left, right)
     marks = []
     for name, class_ in ((LOSS, "line strong"), (DIVERGENCE, "line dashed")):
-        points = [frame.at((across(step), y)) for step, y in stage.series.get(name, [])]
+        values = stage.series.get(name, [])
+        points = [frame.at((across(step), y)) for step, y in values]
+        calm = [frame.at((across(step), y)) for step, y in smoothed(values)]
+        if calm != points:
+            marks.append(trace(points, "line faint"))
+            points = calm
         if points:
             marks.append(
                 trace(points, class_, f"{stage.stage}: {name} {significant(stage.last[name])} at the end")
             )
     return marks
+
+
+def smoothed(points: Sequence[Point]) -> list[Point]:
+    """Running means of a long series, so that its course shows through the noise of single steps."""
+    reach = len(points) // SMOOTH
+    calm = []
+    for index, (x, _) in enumerate(points):
+        half = min(reach, index, len(points) - 1 - index)
+        near = points[index - half : index + half + 1]
+        calm.append((x, sum(y for _, y in near) / len(near)))
+    return calm
 
 
 def _steps(stage: Training) -> Point:

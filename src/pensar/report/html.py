@@ -19,7 +19,7 @@ Child = str | int | Markup | None | Iterable["Child"]
 Value = str | float | bool | None
 
 
-def element(name: str, *children: Child, **attributes: Value) -> Markup:
+def element(name: str, /, *children: Child, **attributes: Value) -> Markup:
     """`<name attribute="value">children</name>`.
 
     In names of attributes `_` stands for `-`, and a trailing one is dropped (`class_`); None and False leave the

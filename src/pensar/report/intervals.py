@@ -8,7 +8,8 @@ from pensar.report.html import Markup
 from pensar.report.numbers import percent
 
 ROW = 46.0
-MAX_LABEL = 240.0
+ALONE = 640.0
+"""Width for a desk of a chart that stands alone."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def interval_chart(
     height = ROW * len(rows) + 30
     frame = Frame(Scale(*limits, 10, width - 16), Scale(0, 1, height - 22, 4))
     marks: list[Markup] = []
-    for value in ticks(*limits, 4):
+    for value in [0, 0.25, 0.5, 0.75, 1] if limits == (0.0, 1.0) else ticks(*limits, 4):
         x = frame.x(value)
         marks.append(line(x, frame.top, x, frame.bottom, "grid"))
         marks.append(text(x, height - 6, shown(value), "tick", "middle"))
@@ -80,5 +81,5 @@ def _values(row: Row, frame: Frame, y: float, shown: Callable[[float], str]) -> 
     for mark in reversed(row.marks):
         content = shown(mark.value) if not mark.label else f"{mark.label} {shown(mark.value)}"
         marks.append(text(x, y, content, f"label halo {mark.class_}", "end"))
-        x -= len(content) * CHARACTER + 12
+        x -= len(content) * CHARACTER + 18
     return marks

@@ -95,7 +95,7 @@ def _chained(stages: Sequence[StageRow], sources: Mapping[str, list[str]]) -> li
             uses[source].append(name)
     box_of: dict[str, Box] = {}
     for name in _in_order(sources):
-        row = rows.get(name, (_outside_name(name), "adopted"))
+        row = rows.get(name, (_outside_name(name), "adopted" if "/" in name else "gone"))
         direct = sources[name]
         if len(direct) == 1 and len(uses[direct[0]]) == 1:
             box_of[name] = box_of[direct[0]]

@@ -9,8 +9,14 @@ MINUS = "\u2212"
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """0.983 -> `98.3%`; whole numbers without a decimal point."""
-    return f"{_trimmed(share * 100, digits)}%"
+    """0.983 -> `98.3%`; nothing less than all is `100%`, nothing more than none `0%`."""
+    text = _trimmed(share * 100, digits)
+    least = 10.0**-digits
+    if text == "100" and share < 1:
+        return f">{_trimmed(100 - least, digits)}%"
+    if text == "0" and share > 0:
+        return f"<{_trimmed(least, digits)}%"
+    return f"{text}%"
 
 
 def bare_percent(share: float, digits: int = 1) -> str:
@@ -52,7 +58,7 @@ def short(number: float) -> str:
 
 def significant(number: float, digits: int = 3) -> str:
     """So many digits that matter, never in exponents; whole numbers stay whole."""
-    if number == 0 or float(number).is_integer() and abs(number) < 1e6:
+    if number == 0 or (float(number).is_integer() and abs(number) < 1e6):
         return f"{number:.0f}"
     rounded = float(f"{number:.{digits}g}")
     whole = len(str(int(abs(rounded)))) if abs(rounded) >= 1 else 0

@@ -11,8 +11,8 @@ from pensar.report.contents import Training
 
 MAX_POINTS = 120
 """Points of one drawn line; more would be finer than the picture."""
-EDGE = 20
-"""The first and last values are means over one such part of the steps, since single steps are noisy."""
+EDGE = 10
+"""The first and last values are means over such a part of the steps, since single steps are noisy."""
 Row = dict[str, Any]
 
 

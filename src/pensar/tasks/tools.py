@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from pensar.tasks.families import FAMILIES
+from pensar.tasks.instructions import instruction
 from pensar.tasks.task import Task, task_id
 
 LOOKUP: dict[str, Any] = {
@@ -25,10 +25,10 @@ NAMES = tuple(
 def tool_task(rng: random.Random) -> Task:
     """Three in four need one call of the tool; the fourth must be answered without it."""
     if rng.random() < 0.25:
-        problem = FAMILIES["chain"][0](rng, 1)
+        request = instruction(rng)
         return msgspec.structs.replace(
-            problem,
-            id=task_id("tools", problem.prompt),
+            request,
+            id=task_id("tools", request.prompt),
             family="tools",
             tools=(LOOKUP,),
             verifier="tool",

@@ -21,7 +21,7 @@ def conversations(report: Report) -> Markup:
     scored = [one for one in found if one.score is not None]
     right = sum(one.score == 1 for one in scored)
     said = [
-        f"The first {plural(len(found), 'conversation')} of the evaluation's benchmarks and modes, as they were sampled.",
+        f"{plural(len(found), 'conversation')}, the first of each benchmark and mode, as they were sampled.",
         f"The verifiers accept {right} of them." if scored else None,
         "Thinking is folded; open it to read.",
     ]

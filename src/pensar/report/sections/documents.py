@@ -2,7 +2,7 @@
 
 import math
 
-from pensar.report.contents import ExamplesRow, FunnelRow, LanguageRow, Languages, Report
+from pensar.report.contents import ExamplesRow, FunnelRow, LanguageRow, Report
 from pensar.report.html import Child, Markup, element
 from pensar.report.numbers import count, listing, percent, plural, size, words
 from pensar.report.sections.frame import bar, figure, fold, lead, pending, section
@@ -43,8 +43,8 @@ def languages(report: Report) -> Markup:
     largest = max((row.documents for row in found.present), default=1)
     parts: list[Child] = [
         lead(
-            f"After the stage {found.stage}, {count(len(found.present))} of the {count(found.table_size)} languages and "
-            "dialects of Qwen3 have documents.",
+            f"{count(len(found.present))} of Qwen3's {count(found.table_size)} languages and dialects have documents "
+            f"after the stage {found.stage}.",
             "Bars are on a logarithmic scale, so that the small languages can be seen.",
         ),
         figure(element("ol", [_language(row, largest) for row in found.present], class_="languages")),
@@ -67,8 +67,9 @@ def _funnel_words(rows: list[FunnelRow]) -> list[str]:
             reasons[reason] = reasons.get(reason, 0) + num
     loudest = sorted(reasons.items(), key=lambda item: -item[1])[:LOUDEST]
     total = sum(reasons.values())
+    last = rows[-1]
     said = [
-        f"Of {plural(rows[0].documents_in, 'document')}, {count(rows[-1].documents_out)} reach {rows[-1].stage}."
+        f"Of {plural(rows[0].documents_in, 'document')}, {count(last.documents_out)} reach the stage {last.stage}."
     ]
     if total:
         named = listing([f"{words(reason)} ({count(num)})" for reason, num in loudest])
@@ -95,7 +96,7 @@ def _stage(row: FunnelRow, widest: int) -> Markup:
 
 def _examples(row: ExamplesRow, widest: int) -> Markup:
     dropped = sum(row.dropped.values())
-    amounts = plural(row.examples, "example")
+    amounts = count(row.examples)
     if row.queries is not None:
         amounts += f" from {plural(row.queries, 'query', 'queries')}"
     return element(

@@ -1,13 +1,14 @@
 """Three effects: accuracy bought by thinking, distillation against reinforcement learning, and longer context."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from pensar.report.charts import responsive
 from pensar.report.compare import ON_POLICY, RL, THINKING
 from pensar.report.contents import LongContext, Method, Report
 from pensar.report.curves import budget_chart
-from pensar.report.html import Child, Markup, element
-from pensar.report.intervals import Mark, Row, interval_chart
+from pensar.report.html import Markup, element
+from pensar.report.intervals import ALONE, Mark, Row, interval_chart
 from pensar.report.numbers import (
     DASH,
     bare_percent,
@@ -33,15 +34,13 @@ def budget(report: Report) -> Markup:
     if not curve:
         return section("budget", BUDGET, pending("evaluate", "accuracy against thinking budget"))
     first, last = curve[0], curve[-1]
-    falls = sum(after.accuracy < before.accuracy for before, after in zip(curve, curve[1:], strict=False))
+    falls = sum(after.accuracy < before.accuracy for before, after in pairwise(curve))
     shape = "without a fall" if not falls else f"with {plural(falls, 'fall')} between neighbours"
+    asked = f"; the same {plural(last.n, 'held-out problem')} at every budget" if last.n else ""
+    rise = f"From {percent(first.accuracy)} at {plural(first.budget, 'token')} to {percent(last.accuracy)} at"
     said = [
-        f"When the budget is spent, the engine writes a stop sentence into the thinking and the answer follows; "
-        f"the same {plural(last.n, 'held-out problem')} at every budget."
-        if last.n
-        else None,
-        f"From {percent(first.accuracy)} at {plural(first.budget, 'token')} to {percent(last.accuracy)} at "
-        f"{count(last.budget)}, {shape}; the surface is the 95% interval.",
+        f"When the budget is spent, the engine writes a stop sentence and the answer follows{asked}.",
+        f"{rise} {count(last.budget)}, {shape}; the surface is the 95% interval.",
     ]
     chart = responsive(lambda width: budget_chart(curve, report.budget_references, width))
     return section("budget", BUDGET, lead(*said), figure(chart))
@@ -52,13 +51,12 @@ def distillation(report: Report) -> Markup:
     methods = report.rl_against_distillation
     if not methods:
         return section("distillation", DISTILLATION, pending("evaluate", "both methods' scores and costs"))
-    parts: list[Child] = [lead(*_distillation_words(methods)), figure(_methods(methods))]
-    parts.append(
-        figure(
-            interval_chart([_method_row(method) for method in methods], "pass@1 and pass@k of each method")
-        )
+    rows = [_method_row(method) for method in methods]
+    chart = responsive(
+        lambda width: interval_chart(rows, "pass@1 and pass@k of each method", width=width), ALONE
     )
-    return section("distillation", DISTILLATION, *parts)
+    said = lead(*_distillation_words(methods))
+    return section("distillation", DISTILLATION, said, figure(_methods(methods)), figure(chart))
 
 
 def long_context(report: Report) -> Markup:
@@ -87,12 +85,9 @@ def _distillation_words(methods: Sequence[Method]) -> list[str | None]:
     by_role = {method.role: method for method in methods}
     rl, distilled = by_role.get(RL), by_role.get(ON_POLICY)
     k = max(method.k for method in methods)
-    said: list[str | None] = [
-        f"The same small student, two ways on from one start; pass@1 is the mean over samples, pass@{k} the chance that one "
-        f"of {count(k)} is right."
-        if k
-        else None
-    ]
+    said: list[str | None] = ["The same small student, two ways on from one start."]
+    if k:
+        said.append(f"pass@1 is the mean over samples, pass@{k} the chance that one of {count(k)} is right.")
     if rl is None or distilled is None:
         return said
     gain = distilled.pass_at_1 - rl.pass_at_1
@@ -102,46 +97,41 @@ def _distillation_words(methods: Sequence[Method]) -> list[str | None]:
         else ""
     )
     side = "above" if gain >= 0 else "below"
-    said.append(
-        f"Distillation ends {points(abs(gain)).lstrip('+')} points {side} reinforcement learning in pass@1{cost}."
-    )
+    apart = points(abs(gain)).lstrip("+")
+    said.append(f"Distillation ends {apart} points {side} reinforcement learning in pass@1{cost}.")
     if distilled.flops_ratio is not None:
+        ratio = multiple(distilled.flops_ratio)
         said.append(
-            f"Counting the teacher's forward passes, its floating-point operations are {multiple(distilled.flops_ratio)} "
-            "of reinforcement learning's."
+            f"With the teacher's passes counted, its floating-point operations are {ratio} of the other's."
         )
     return said
 
 
 def _methods(methods: Sequence[Method]) -> Markup:
     k = max(method.k for method in methods)
-    against = any(method.role == RL for method in methods)
     header = ["method", "pass@1", f"pass@{k}" if k else "pass@k", "samples", "FLOPs", "time"]
-    if against:
-        header.append("samples | FLOPs | time of RL's")
-    rows = []
-    for method in methods:
-        row: list[str | Markup] = [
-            method.method,
-            _estimate(method.pass_at_1, method.pass_at_1_low, method.pass_at_1_high),
-            _estimate(method.pass_at_k, method.pass_at_k_low, method.pass_at_k_high),
-            DASH if not method.samples else count(method.samples),
-            DASH if not method.cost_flops else scientific(method.cost_flops),
-            DASH if method.seconds is None else duration(method.seconds),
-        ]
-        if against:
-            row.append(_ratios(method))
-        rows.append(row)
-    return table(header, rows)
+    return table(header, [_method(method) for method in methods])
 
 
-def _ratios(method: Method) -> str:
-    if method.role == RL:
-        return "1"
-    if method.role != ON_POLICY:
-        return DASH
-    ratios = (method.samples_ratio, method.flops_ratio, method.seconds_ratio)
-    return " | ".join(DASH if ratio is None else multiple(ratio) for ratio in ratios)
+def _method(method: Method) -> list[str | Markup]:
+    samples = count(method.samples) if method.samples else DASH
+    flops = scientific(method.cost_flops) if method.cost_flops else DASH
+    time = DASH if method.seconds is None else duration(method.seconds)
+    return [
+        method.method,
+        _estimate(method.pass_at_1, method.pass_at_1_low, method.pass_at_1_high),
+        _estimate(method.pass_at_k, method.pass_at_k_low, method.pass_at_k_high),
+        _cost(samples, method, method.samples_ratio),
+        _cost(flops, method, method.flops_ratio),
+        _cost(time, method, method.seconds_ratio),
+    ]
+
+
+def _cost(amount: str, method: Method, ratio: float | None) -> str | Markup:
+    """An amount, and below it what multiple of reinforcement learning's it is."""
+    if ratio is None or method.role != ON_POLICY:
+        return amount
+    return element("span", amount, element("span", f"{multiple(ratio)} of RL", class_="interval"))
 
 
 def _estimate(score: float | None, low: float | None, high: float | None) -> str | Markup:
@@ -169,20 +159,20 @@ def _method_row(method: Method) -> Row:
 
 
 def _long_words(name: str, rows: Sequence[LongContext]) -> str:
-    """One sentence on a measure; it compares the first stage with the last at the longest length."""
+    """One sentence on a measure: after the first stage and after the last, at the longest length."""
+    bits = name == BITS_PER_BYTE
     longest = max(row.length_tokens for row in rows)
-    ends = [row for row in rows if row.length_tokens == longest] if name == BITS_PER_BYTE else list(rows)
+    # Recall's lengths are means over its texts, so no two rows need have the same.
+    ends = [row for row in rows if row.length_tokens == longest] if bits else list(rows)
     first, last = ends[0], ends[-1]
-    shown = significant if name == BITS_PER_BYTE else percent
-    what = (
-        f"Bits per byte of {plural(last.n, 'held-out text')}"
-        if name == BITS_PER_BYTE
-        else f"Recall of a planted fact in {plural(last.n, 'text')}"
+    shown = significant if bits else percent
+    what = "Bits per byte of" if bits else "Recall of a planted fact in"
+    texts = plural(last.n, "held-out text")
+    before = (
+        f"{shown(first.score)} after {first.after_stage}, " if first.after_stage != last.after_stage else ""
     )
-    lengths = f"{count(last.length_tokens)} tokens"
-    if first.after_stage == last.after_stage:
-        return f"{what} at {lengths}: {shown(last.score)} after {last.after_stage}."
-    return f"{what} at {lengths}: {shown(first.score)} after {first.after_stage}, {shown(last.score)} after {last.after_stage}."
+    after = f"{shown(last.score)} after {last.after_stage}"
+    return f"{what} {texts} of {count(last.length_tokens)} tokens: {before}{after}."
 
 
 def _long_rows(rows: Sequence[LongContext]) -> list[Row]:

@@ -20,7 +20,7 @@ def lead(*sentences: str | None) -> Markup:
 def pending(stage: str, what: str) -> Markup:
     """Says which stage will fill a part of an unfinished run."""
     return element(
-        "p", f"Not yet: the stage ", element("b", stage), f" will fill in {what}.", class_="pending"
+        "p", "Not yet: the stage ", element("b", stage), f" will fill in {what}.", class_="pending"
     )
 
 

@@ -31,18 +31,18 @@ def learning(report: Report) -> Markup:
 
 
 def _loss_words(trainings: list[Training]) -> list[str | None]:
-    with_loss = [stage for stage in trainings if LOSS in stage.series]
-    first = with_loss[0] if with_loss else None
+    first = next((stage for stage in trainings if LOSS in stage.series), None)
+    tokens = short(sum(stage.tokens for stage in trainings))
+    ends = f"{significant(first.first[LOSS])} to {significant(first.last[LOSS])}" if first else ""
     begun = [stage.stage for stage in trainings if not stage.finished]
     return [
-        f"{plural(len(trainings), 'stage')} learnt from {short(sum(stage.tokens for stage in trainings))} tokens, first to last.",
-        f"In {first.stage} the loss goes from {significant(first.first[LOSS])} to {significant(first.last[LOSS])} nats per token."
-        if first
-        else None,
+        f"{plural(len(trainings), 'stage')} learnt from {tokens} tokens.",
+        f"In {first.stage} the loss goes from {ends} nats per token." if first else None,
         "A band is wider the more tokens its stage learnt from, with a least width; within a band steps run evenly.",
-        "Solid: cross-entropy of the stage's own data; dashed: divergence from the teacher; both in nats per token."
+        "Solid: a running mean of the cross-entropy on the stage's own data; it may jump from one stage to the next.",
+        "Dashed: divergence from the teacher."
         if any(DIVERGENCE in stage.series for stage in trainings)
-        else "The line is the cross-entropy of the stage's own data, so it may jump where the data changes.",
+        else None,
         f"Not finished: {listing(begun)}." if begun else None,
     ]
 
@@ -54,7 +54,7 @@ def _ends(trainings: list[Training]) -> Markup:
         shown = percent if name == REWARD else significant
         ends = f"{name} {shown(stage.first[name])} → {shown(stage.last[name])}" if name else DASH
         rows.append([f"{number} {stage.stage}", ends, count(stage.steps), short(stage.tokens)])
-    return table(["stage", "first → last twentieth of its steps", "steps", "tokens"], rows, text_columns=2)
+    return table(["stage", "first → last tenth of its steps", "steps", "tokens"], rows, text_columns=2)
 
 
 def _reward_words(rewarded: list[Training]) -> list[str]:

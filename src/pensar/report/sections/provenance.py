@@ -22,11 +22,9 @@ def lineage(report: Report) -> Markup:
     folders = {row.folder for row in report.stages}
     adopted = {folder for row in report.stages for folder in row.inputs.values() if folder not in folders}
     said = [
-        f"{plural(len(report.stages), 'artifact')}, each below what it was made from; a box holds a chain that nothing else joins.",
+        f"{plural(len(report.stages), 'artifact')}, each below what it was made from; a box holds a chain.",
         "Edges that a longer path implies are left out; the list below has all.",
-        f"{plural(len(adopted), 'input')} came from outside or from an earlier artifact."
-        if adopted
-        else None,
+        f"{plural(len(adopted), 'input')} came from outside the run." if adopted else None,
     ]
     listed = table(["artifact", "made from"], [_artifact(row) for row in report.stages], text_columns=2)
     return section(
@@ -47,8 +45,8 @@ def versions(report: Report) -> Markup:
         for name, version in report.versions.items()
     ]
     said = (
-        "Versions are those recorded when each artifact was made. Settings are what the recipe fixes beyond the defaults, "
-        "as each stage's fingerprint holds them."
+        "Versions are those recorded when each artifact was made. Settings are those that differ from the defaults, as "
+        "they entered each stage's fingerprint."
     )
     stages = [_settings(row) for row in report.stages]
     return section("versions", CONFIGURATION, lead(said), element("dl", pairs, class_="versions"), stages)
@@ -57,11 +55,7 @@ def versions(report: Report) -> Markup:
 def _artifact(row: StageRow) -> list[str | Markup]:
     inputs: list[Child] = []
     for role, folder in row.inputs.items():
-        inputs.append(
-            element(
-                "li", f"{role}: ", element("code", folder), " (outdated)" if role in row.outdated else None
-            )
-        )
+        inputs.append(element("li", f"{role}: ", element("code", folder)))
     for path, digest in row.outside.items():
         inputs.append(
             element("li", "outside: ", element("code", path), f" (SHA-256 {digest[:SHOWN_DIGITS]})")

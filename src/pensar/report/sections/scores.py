@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from pensar.report.charts import responsive
 from pensar.report.compare import NON_THINKING, THINKING
 from pensar.report.contents import Report, StageScore, Validation
 from pensar.report.html import Child, Markup, element
-from pensar.report.intervals import Mark, Row, interval_chart
+from pensar.report.intervals import ALONE, Mark, Row, interval_chart
 from pensar.report.numbers import (
     DASH,
     bare_percent,
@@ -52,10 +53,10 @@ def _words(rows: Sequence[StageScore], stages: Sequence[str]) -> list[str | None
     span = count(sizes[0]) if len(sizes) == 1 else f"{count(sizes[0])} to {count(sizes[-1])}"
     gain = None
     if most is not None and most.change is not None and most.change > 0:
-        mode = f", {most.mode}" if most.mode in MODES else ""
-        gain = f"The largest step is {benchmark_name(most.benchmark)}{mode}: {points(most.change)} points in {most.after_stage}."
+        what = benchmark_name(most.benchmark) + (f", {most.mode}" if most.mode in MODES else "")
+        gain = f"The largest step is {what}: {points(most.change)} points in {most.after_stage}."
     return [
-        f"Percent of {span} held-out problems answered rightly, after {listing(stages)}; small figures are 95% intervals.",
+        f"Percent of {span} held-out problems answered rightly, with 95% intervals, after {listing(stages)}.",
         "Signed figures are changes since the stage before in the same mode.",
         gain,
     ]
@@ -136,12 +137,13 @@ def _validation(rows: Sequence[Validation]) -> list[Child]:
             f"pass@{last.k}, the chance that one of {count(last.k)} samples is right, goes from "
             f"{percent(first.pass_at_k)} to {percent(last.pass_at_k)}; the hollow dots."
         )
-    chart = interval_chart([_validation_row(row) for row in rows], "Accuracy on the validation set")
+    lines = [_validation_row(row) for row in rows]
+    chart = responsive(lambda width: interval_chart(lines, "Accuracy on validation", width=width), ALONE)
     return [element("h3", "Validation problems"), lead(*said), figure(chart)]
 
 
 def _validation_row(row: Validation) -> Row:
-    marks = [Mark(row.score, row.low, row.high, THINKING)]
+    marks = [Mark(row.score, row.low, row.high, THINKING, label="accuracy")]
     if row.pass_at_k is not None:
         many = Mark(
             row.pass_at_k,

@@ -20,59 +20,53 @@ from pensar.report.numbers import (
 def summary(report: Report) -> Markup:
     """The summary; of an unfinished run, as much as its stages have found so far."""
     head = report.headline
-    sentences = [_state(report), *_findings(head), _cost(head, len(report.stages))]
+    sentences = [*_state(report), *_findings(head), _cost(head, len(report.stages))]
     paragraph = element("p", " ".join(sentence for sentence in sentences if sentence), class_="summary")
     return element("section", paragraph, element("div", _tiles(head), class_="tiles"), id="summary")
 
 
-def _state(report: Report) -> str:
+def _state(report: Report) -> list[str]:
+    """Nothing of a run that is complete."""
+    said = []
     begun = [draft.name for draft in report.unfinished]
     if begun:
-        stages = listing(begun)
-        return f"This run has not ended: {stages} {'has' if len(begun) == 1 else 'have'} begun, and the page shows what is there."
-    return "" if report.evaluated else "This run has not been evaluated yet; the page shows what is there."
+        verb = "has" if len(begun) == 1 else "have"
+        said.append(
+            f"This run has not ended: {listing(begun)} {verb} begun, and the page shows what is there."
+        )
+    elif not report.evaluated:
+        said.append("This run has not been evaluated yet; the page shows what is there.")
+    if report.left_out:
+        said.append(f"Artifacts of {listing(report.left_out)} that do not go with those shown are left out.")
+    return said
 
 
 def _findings(head: Headline) -> list[str]:
     found = []
     if head.thinking and head.non_thinking:
-        found.append(
-            f"On {plural(head.thinking.n, 'held-out reasoning problem')} the model answers "
-            f"{percent(head.thinking.score)} right when it thinks and {percent(head.non_thinking.score)} when it answers at once."
-        )
+        asked = plural(head.thinking.n, "held-out reasoning problem")
+        both = f"{percent(head.thinking.score)} right when it thinks and {percent(head.non_thinking.score)}"
+        found.append(f"Of {asked} the model answers {both} when it does not.")
     if head.rl:
-        found.append(
-            f"Reinforcement learning took its validation problems from {percent(head.rl.before.score)} to "
-            f"{percent(head.rl.after.score)}."
-        )
+        rise = f"from {percent(head.rl.before.score)} to {percent(head.rl.after.score)}"
+        found.append(f"Reinforcement learning on reasoning took its validation problems {rise}.")
     if head.think_follow:
-        found.append(
-            f"The mode that a conversation asks for is followed in {percent(head.think_follow.score)} of replies."
-        )
+        share = percent(head.think_follow.score)
+        found.append(f"In {share} of replies it follows the mode that the conversation asks for.")
     first, last = head.budget_first, head.budget_last
     if first and last and first != last:
         verb = "rises" if last.accuracy >= first.accuracy else "falls"
-        found.append(
-            f"Accuracy {verb} from {percent(first.accuracy)} with a thinking budget of {plural(first.budget, 'token')} to "
-            f"{percent(last.accuracy)} with {count(last.budget)}."
-        )
-    found += _distillation(head)
-    return found
-
-
-def _distillation(head: Headline) -> list[str]:
+        start = f"{percent(first.accuracy)} with a thinking budget of {plural(first.budget, 'token')}"
+        found.append(f"Accuracy {verb} from {start} to {percent(last.accuracy)} with {count(last.budget)}.")
     rl, distilled = head.student_rl, head.student_distilled
-    if rl is None or distilled is None:
-        return []
-    cost = (
-        f", with {percent(distilled.samples_ratio)} of the samples"
-        if distilled.samples_ratio is not None
-        else ""
-    )
-    return [
-        f"From the same start a smaller student reaches {percent(distilled.pass_at_1)} by distillation from this model and "
-        f"{percent(rl.pass_at_1)} by reinforcement learning{cost}."
-    ]
+    if rl and distilled:
+        ratio = distilled.samples_ratio
+        cost = f" from {percent(ratio)} of the samples" if ratio is not None else ""
+        found.append(
+            f"A smaller student reaches {percent(rl.pass_at_1)} by reinforcement learning and, from the same start, "
+            f"{percent(distilled.pass_at_1)} by distillation{cost}."
+        )
+    return found
 
 
 def _cost(head: Headline, num_stages: int) -> str:
