@@ -46,7 +46,9 @@ def estimate(stages: Sequence[Stage], vocab_size: int, ranks: int) -> dict[str, 
                 shape = msgspec.structs.asdict(config.shape)
                 model = ModelConfig(vocab_size=vocab_size, **shape)
             if model is not None:
-                found[stage.name] = _training(model, config.tokens, config.context, config.batch_tokens, 0, ranks)
+                found[stage.name] = _training(
+                    model, config.tokens, config.context, config.batch_tokens, 0, ranks
+                )
         elif model is not None and isinstance(config, ColdStartConfig | FusionConfig | OffPolicyConfig):
             tokens = config.steps * config.batch_size * REPLY_TOKENS
             drawn = 0 if isinstance(config, ColdStartConfig) else tokens // 4

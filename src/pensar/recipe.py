@@ -57,7 +57,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """The stages that `pensar data`, `pensar tokenizer` and `pensar train` run alone."""
 
 
-class RuntimeConfig(Config):
+class RuntimeConfig(Config, frozen=True, kw_only=True):
     """Where and how the run is computed; never part of an artifact's identity."""
 
     ranks: int = 2
@@ -66,7 +66,7 @@ class RuntimeConfig(Config):
     """Threads of each; two one-thread processes beat one of two threads on small models."""
 
 
-class Data(Config):
+class Data(Config, frozen=True, kw_only=True):
     """From sources to annotated documents."""
 
     sources: tuple[Source, ...] = ()
@@ -81,7 +81,7 @@ class Data(Config):
     mixture: MixtureConfig = MixtureConfig()
 
 
-class Pretraining(Config):
+class Pretraining(Config, frozen=True, kw_only=True):
     """The three stages of pre-training."""
 
     general: pretrain.PretrainConfig
@@ -89,7 +89,7 @@ class Pretraining(Config):
     long: pretrain.PretrainConfig
 
 
-class Student(Config):
+class Student(Config, frozen=True, kw_only=True):
     """The smaller model, and the two ways on from its off-policy distillation."""
 
     pretrain: pretrain.PretrainConfig
@@ -98,7 +98,7 @@ class Student(Config):
     on_policy: OnPolicyConfig = OnPolicyConfig()
 
 
-class Recipe(Config):
+class Recipe(Config, frozen=True, kw_only=True):
     """Everything that decides what a run produces, and `runtime`, which does not."""
 
     name: str
@@ -107,7 +107,7 @@ class Recipe(Config):
     seed: int = 1
     """Seed of every training stage; the data and the problem sets do not depend on it."""
     runtime: RuntimeConfig = RuntimeConfig()
-    adopt: dict[str, str] = {}
+    adopt: dict[str, str] = msgspec.field(default_factory=dict)
     """Stage -> a folder that takes the place of its artifact, such as a downloaded model directory."""
     demo: DemoConfig = DemoConfig()
     data: Data = Data()
@@ -170,8 +170,18 @@ def _training_stages(recipe: Recipe) -> list[Stage]:
     plan = recipe.pretraining
     return [
         Stage("pretrain-general", pretrain.run, _seeded(plan.general, recipe), corpus),
-        Stage("pretrain-reasoning", pretrain.run, _seeded(plan.reasoning, recipe), corpus | {"model": "pretrain-general"}),
-        Stage("pretrain-long", pretrain.run, _seeded(plan.long, recipe), corpus | {"model": "pretrain-reasoning"}),
+        Stage(
+            "pretrain-reasoning",
+            pretrain.run,
+            _seeded(plan.reasoning, recipe),
+            corpus | {"model": "pretrain-general"},
+        ),
+        Stage(
+            "pretrain-long",
+            pretrain.run,
+            _seeded(plan.long, recipe),
+            corpus | {"model": "pretrain-reasoning"},
+        ),
         Stage("cold-start", coldstart.run, _seeded(recipe.cold_start, recipe), _on("pretrain-long")),
         Stage("reasoning-rl", grpo.run, _seeded(recipe.reasoning_rl, recipe), _on("cold-start")),
         Stage("fusion", fusion.run, _seeded(recipe.fusion, recipe), _on("reasoning-rl")),
@@ -185,9 +195,19 @@ def _student_stages(recipe: Recipe) -> list[Stage]:
     taught = {"teacher": "general-rl"}
     return [
         Stage("student-pretrain", pretrain.run, _seeded(student.pretrain, recipe), corpus),
-        Stage("student", distill.off_policy, _seeded(student.off_policy, recipe), _on("student-pretrain") | taught),
+        Stage(
+            "student",
+            distill.off_policy,
+            _seeded(student.off_policy, recipe),
+            _on("student-pretrain") | taught,
+        ),
         Stage("student-rl", grpo.run, _seeded(student.reinforcement, recipe), _on("student")),
-        Stage("student-distilled", distill.on_policy, _seeded(student.on_policy, recipe), _on("student") | taught),
+        Stage(
+            "student-distilled",
+            distill.on_policy,
+            _seeded(student.on_policy, recipe),
+            _on("student") | taught,
+        ),
     ]
 
 

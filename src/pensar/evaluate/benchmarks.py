@@ -14,9 +14,9 @@ from pensar.base.files import read_jsonl, seed_of
 from pensar.base.ranks import World
 from pensar.evaluate.statistics import Estimate, mean, pass_at, share
 from pensar.infer.engine import Engine, Request, SamplingParams
+from pensar.infer.rollout import Rollout, RolloutConfig, roll
 from pensar.infer.score import score
 from pensar.model.qwen3 import Qwen3
-from pensar.infer.rollout import Rollout, RolloutConfig, roll
 from pensar.tasks.problems import with_mode
 from pensar.tasks.task import Task
 from pensar.tasks.verifiers import verify
@@ -54,18 +54,32 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def problems(
-    tasks: Path, benchmark: str, limit: int | None = None, *, split: Literal["evaluation", "validation"] = "evaluation"
+    tasks: Path,
+    benchmark: str,
+    limit: int | None = None,
+    *,
+    split: Literal["evaluation", "validation"] = "evaluation",
 ) -> list[Task]:
-    """The benchmark's held-out problems."""
+    """The benchmark's held-out problems, at least one; ConfigError where there are none."""
     path = tasks / split / f"{benchmark}.jsonl"
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.jsonl")))
-        raise ConfigError(f"there is no benchmark {benchmark!r} in {path.parent}; there are: {known or 'none'}")
-    return list(read_jsonl(path, Task))[:limit]
+        raise ConfigError(
+            f"there is no benchmark {benchmark!r} in {path.parent}; there are: {known or 'none'}"
+        )
+    found = list(read_jsonl(path, Task))[:limit]
+    if not found:
+        raise ConfigError(f"no problem of {path} is left under limit {limit}; raise the limit to at least 1")
+    return found
 
 
 def rolled(
-    engine: Engine, tokenizer: Tokenizer, tasks: Sequence[Task], config: RolloutConfig, world: World, seed: int
+    engine: Engine,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    config: RolloutConfig,
+    world: World,
+    seed: int,
 ) -> list[Rollout]:
     """Rollouts of all tasks, in order, shared over the ranks."""
     mine = range(len(tasks))[world.rank :: world.size]
@@ -76,7 +90,13 @@ def rolled(
 
 
 def run_benchmark(
-    engine: Engine, tokenizer: Tokenizer, tasks: Sequence[Task], mode: Mode, sampling: Sampling, world: World, seed: int
+    engine: Engine,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    mode: Mode,
+    sampling: Sampling,
+    world: World,
+    seed: int,
 ) -> tuple[Cell, list[Rollout]]:
     """The score of one benchmark in one mode, and the rollouts behind it."""
     benchmark = tasks[0].family if tasks[0].family in MODES else "reasoning"

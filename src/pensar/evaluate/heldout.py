@@ -14,7 +14,7 @@ def held_out_texts(shards: Path, tokenizer: Tokenizer, length: int, num: int) ->
     """
     data = Shards(shards)
     weights, lengths = data.weights(HELD_OUT), data.lengths()
-    found = []
+    found: list[tuple[list[int], int]] = []
     for index in range(len(lengths)):
         if weights[index] > 0 and lengths[index] >= length and len(found) < num:
             tokens = [int(token) for token in data.tokens(index)[:length]]

@@ -30,7 +30,7 @@ from pensar.tasks.problems import with_mode
 from pensar.text.tokenizer import Tokenizer
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(Config, frozen=True, kw_only=True):
     """How much is measured."""
 
     seed: int = 1
@@ -143,7 +143,13 @@ def evaluate_model(
 
 
 def _model_rows(
-    world: World, model: Path, tasks: Path, names: tuple[str, ...], limit: int | None, seed: int, sampling: Sampling
+    world: World,
+    model: Path,
+    tasks: Path,
+    names: tuple[str, ...],
+    limit: int | None,
+    seed: int,
+    sampling: Sampling,
 ) -> list[dict[str, Any]]:
     tokenizer = Tokenizer.load(model)
     engine = Engine(load_model(model), tokenizer, slots=256)
@@ -195,7 +201,9 @@ def _validation(bench: _Bench, role: str) -> dict[str, Any]:
     seed = seed_of(bench.config.seed, "validation")
     rollouts = benchmarks.rolled(engine, tokenizer, tasks, bench.config.sampling.thinking, bench.world, seed)
     estimate = share(sum(rollout.score.value for rollout in rollouts), len(rollouts))
-    few = benchmarks.problems(bench.inputs["tasks"], "reasoning", bench.config.pass_problems, split="validation")
+    few = benchmarks.problems(
+        bench.inputs["tasks"], "reasoning", bench.config.pass_problems, split="validation"
+    )
     one, many = benchmarks.pass_curve(engine, tokenizer, few, bench.config.pass_samples, bench.world, seed)
     return {
         "stage": role.replace("_", "-"),

@@ -65,7 +65,9 @@ class Rollout:
     def taught(self) -> Sample:
         """The training row of on-policy distillation: the teacher's distribution at every sampled token."""
         return Sample(
-            tokens=np.asarray(self.tokens, np.int32), kl=np.asarray(self.sampled, np.float32), source=self.task.id
+            tokens=np.asarray(self.tokens, np.int32),
+            kl=np.asarray(self.sampled, np.float32),
+            source=self.task.id,
         )
 
     def record(self) -> dict[str, object]:
@@ -144,16 +146,19 @@ def _append(rollout: Rollout, completion: Completion, tokenizer: Tokenizer) -> b
     results = [respond(rollout.task, call.name, call.arguments) for call in reply.tool_calls]
     answers = [Message(role="tool", content=result) for result in results]
     rollout.turns.extend(answers)
-    tail = tool_turn(tokenizer, answers)
+    tail = tool_turn(tokenizer, answers, thinking=prompt_mode(rollout.task))
     rollout.tokens += tail
     rollout.sampled += [False] * len(tail)
     rollout.logprobs += [0.0] * len(tail)
     return True
 
 
-def tool_turn(tokenizer: Tokenizer, answers: Sequence[Message]) -> list[int]:
-    """The tokens between a reply's `<|im_end|>` and the next reply: the tools' answers and the opened turn."""
+def tool_turn(tokenizer: Tokenizer, answers: Sequence[Message], *, thinking: bool | None = None) -> list[int]:
+    """The tokens between a reply's `<|im_end|>` and the next reply: the tools' answers and the opened turn.
+
+    `thinking=False` gives the empty thinking block, as it did before the first reply.
+    """
     before = (Message(role="user", content="?"), Message(role="assistant", content="!"))
-    tokens = encode_prompt(tokenizer, Conversation(messages=(*before, *answers)))
+    tokens = encode_prompt(tokenizer, Conversation(messages=(*before, *answers)), thinking=thinking)
     ends = [index for index, token in enumerate(tokens) if token == tokenizer.special(TURN_END)]
     return tokens[ends[-2] + 1 :]

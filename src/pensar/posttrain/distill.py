@@ -2,21 +2,21 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from pensar.base.config import Config
 from pensar.base.files import read_jsonl, seed_of
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
 from pensar.base.stage import Counts, Runtime
 from pensar.infer.engine import Engine
+from pensar.infer.rollout import Rollout, RolloutConfig, roll
 from pensar.model.weights import load_model, save_model
 from pensar.posttrain.examples import Example, encode, in_batches
 from pensar.posttrain.grpo import keep_rollouts, micro_batches, truncate_rollouts
-from pensar.infer.rollout import Rollout, RolloutConfig, roll
 from pensar.tasks.problems import with_mode
 from pensar.tasks.task import Task
 from pensar.text.conversation import Conversation
@@ -102,7 +102,9 @@ def _off_policy(
     place = Place(out, logs, world, progress)
     tokenizer = Tokenizer.load(inputs["teacher"])
     teacher = Engine(load_model(inputs["teacher"]), tokenizer, slots=128)
-    tasks = list(read_jsonl(inputs["tasks"] / "train" / f"{config.queries}.jsonl", Task))[: config.num_queries]
+    tasks = list(read_jsonl(inputs["tasks"] / "train" / f"{config.queries}.jsonl", Task))[
+        : config.num_queries
+    ]
     examples = teacher_examples(config, teacher, tokenizer, tasks, world)
     student = load_model(inputs["model"])
     batches_of = in_batches(encode(tokenizer, examples), config.batch_size, config.seed)
@@ -124,11 +126,11 @@ def _on_policy(
     queries = list(read_jsonl(inputs["tasks"] / "train" / f"{config.queries}.jsonl", Task))
     optimizer = Optimizer(student, config.optimizer)
     first, _ = checkpoint.resume(out, student, optimizer)
-    metrics = place.metrics()
-    if metrics:
-        metrics.rewind(first - 1)
-        truncate_rollouts(out, first)
-    with place.progress.track("on-policy distillation", config.steps) as shown:
+    name = "on-policy distillation"
+    with place.metrics() or nullcontext() as metrics, progress.track(name, config.steps) as shown:
+        if metrics:
+            metrics.rewind(first - 1)
+            truncate_rollouts(out, first)
         shown.advance(first)
         for step in range(first, config.steps):
             started = time.perf_counter()
@@ -150,13 +152,12 @@ def _on_policy(
             shown.advance(1, reward=values["reward"])
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
                 checkpoint.save(out, student, optimizer, step + 1, world)
-    if metrics:
-        metrics.close()
     checkpoint.discard(out, world)
     if world.rank == 0:
         save_model(student, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         tokenizer.save(out)
-    return {"queries": len(queries), "rollouts": config.steps * config.prompts, "steps": config.steps}
+    num_rollouts = config.steps * min(config.prompts, len(queries))
+    return {"queries": len(queries), "rollouts": num_rollouts, "steps": config.steps}
 
 
 def _in_mode(task: Task, config: OnPolicyConfig, step: int, index: int) -> Task:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 import numpy as np
 
+from pensar.base.errors import DataError
 from pensar.base.files import seed_of
 from pensar.text.chat import encode_training
 from pensar.text.conversation import Conversation
@@ -29,11 +30,21 @@ class Example(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 def encode(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Sample]:
     """Samples with the cross-entropy on the last assistant turn."""
-    return [encode_training(tokenizer, example.conversation, thinking=example.thinking) for example in examples]
+    return [
+        encode_training(tokenizer, example.conversation, thinking=example.thinking) for example in examples
+    ]
 
 
 def in_batches(samples: Sequence[Sample], batch_size: int, seed: int) -> Callable[[int], list[Batch]]:
-    """Step -> its batch; every epoch is a new permutation, cut into batches of samples of similar length."""
+    """Step -> its batch; every epoch is a new permutation, cut into batches of samples of similar length.
+
+    Raises DataError when there is nothing to learn from.
+    """
+    if not samples:
+        raise DataError(
+            "no example is left to learn from: every candidate was dropped; ask more queries, loosen the filters, or "
+            "begin with a stronger model"
+        )
     batch_size = min(batch_size, len(samples))
     per_epoch = len(samples) // batch_size
     cache: dict[int, list[np.ndarray]] = {}

@@ -21,7 +21,9 @@ class ResponseFilters(Config, frozen=True, kw_only=True):
     """Jaccard similarity of character 5-grams with a validation problem from which a query counts as leaked."""
 
 
-def objection(task: Task, reply: Message, config: ResponseFilters, validation: Sequence[frozenset[str]]) -> str | None:
+def objection(
+    task: Task, reply: Message, config: ResponseFilters, validation: Sequence[frozenset[str]]
+) -> str | None:
     """The name of the first filter that drops the reply, or None."""
     reasoning = reply.reasoning_content or ""
     checks: tuple[tuple[str, Callable[[], bool]], ...] = (

@@ -20,7 +20,7 @@ from pensar.model.weights import load_model, save_model
 from pensar.posttrain.examples import Example, encode, in_batches
 from pensar.tasks.instructions import instruction
 from pensar.tasks.modes import flagged, with_history
-from pensar.tasks.problems import with_mode
+from pensar.tasks.problems import ATTEMPTS, held_out, statement, with_mode
 from pensar.tasks.task import Task
 from pensar.tasks.tools import tool_task
 from pensar.tasks.verifiers import gold
@@ -63,7 +63,11 @@ def _on_rank(
     tasks = list(read_jsonl(inputs["tasks"] / "train" / f"{config.queries}.jsonl", Task))
     engine = Engine(model, tokenizer, slots=128)
     thinking = sampled_thinking(config, tasks, engine, tokenizer, world)
-    examples = [*thinking, *direct_examples(config, tasks), *curated_examples(config)]
+    examples = [
+        *thinking,
+        *direct_examples(config, tasks),
+        *curated_examples(config, held_out(inputs["tasks"])),
+    ]
     if world.rank == 0:
         write_jsonl(out / "examples.jsonl", examples)
     batches_of = in_batches(encode(tokenizer, examples), config.batch_size, config.seed)
@@ -97,12 +101,12 @@ def sampled_thinking(
 
 def direct_examples(config: FusionConfig, tasks: list[Task]) -> list[Example]:
     """Reasoning problems answered at once."""
-    chosen = tasks[-config.shares.direct :]
+    chosen = tasks[max(0, len(tasks) - config.shares.direct) :]
     return [_example(config, task, False, gold(task, thinking=False), "direct") for task in chosen]
 
 
-def curated_examples(config: FusionConfig) -> list[Example]:
-    """Forms and tools in both modes."""
+def curated_examples(config: FusionConfig, barred: set[str]) -> list[Example]:
+    """Forms and tools in both modes, without the `barred` problems."""
     examples: list[Example] = []
     for kind, num, make in (
         ("instructions", config.shares.instructions, instruction),
@@ -110,12 +114,16 @@ def curated_examples(config: FusionConfig) -> list[Example]:
     ):
         for index in range(num):
             rng = random.Random(seed_of(config.seed, kind, index))
-            task = flagged(make(rng), rng.random() < 0.5, rng)
-            examples.extend(_turn_examples(task, gold(task), kind))
+            drawn = next((task for _ in range(ATTEMPTS) if statement(task := make(rng)) not in barred), None)
+            if drawn is not None:
+                task = flagged(drawn, rng.random() < 0.5, rng)
+                examples.extend(_turn_examples(task, gold(task), kind))
     return examples
 
 
-def _example(config: FusionConfig, task: Task, thinking: bool, turns: tuple[Message, ...], kind: str) -> Example:
+def _example(
+    config: FusionConfig, task: Task, thinking: bool, turns: tuple[Message, ...], kind: str
+) -> Example:
     """The reply under a flagged prompt, at times after earlier turns."""
     rng = random.Random(seed_of(config.seed, kind, task.id))
     asked = flagged(task, thinking, rng)

@@ -6,21 +6,21 @@ over the group's deviation. Groups that all succeed or all fail teach nothing an
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from pensar.base.config import Config
 from pensar.base.errors import DataError
 from pensar.base.files import read_jsonl, seed_of, write_atomic
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
 from pensar.base.stage import Counts, Runtime
 from pensar.infer.engine import Engine
+from pensar.infer.rollout import Rollout, RolloutConfig, roll
 from pensar.model.qwen3 import Qwen3
 from pensar.model.weights import load_model, save_model
-from pensar.infer.rollout import Rollout, RolloutConfig, roll
 from pensar.tasks.task import Task
 from pensar.text.packing import Batch, one_per_row
 from pensar.text.sample import Sample
@@ -80,11 +80,11 @@ def _on_rank(
     queries = _queries(config, inputs["tasks"], engine, tokenizer, place)
     optimizer = Optimizer(model, config.optimizer)
     first, _ = checkpoint.resume(out, model, optimizer)
-    metrics = place.metrics()
-    if metrics:
-        metrics.rewind(first - 1)
-        truncate_rollouts(out, first)
-    with place.progress.track(out.name.rsplit("-", 1)[0], config.steps) as shown:
+    name = out.name.rsplit("-", 1)[0]
+    with place.metrics() or nullcontext() as metrics, progress.track(name, config.steps) as shown:
+        if metrics:
+            metrics.rewind(first - 1)
+            truncate_rollouts(out, first)
         shown.advance(first)
         for step in range(first, config.steps):
             started = time.perf_counter()
@@ -97,13 +97,11 @@ def _on_rank(
             shown.advance(1, reward=values["reward"])
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
                 checkpoint.save(out, model, optimizer, step + 1, world)
-    if metrics:
-        metrics.close()
     checkpoint.discard(out, world)
     if world.rank == 0:
         save_model(model, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         tokenizer.save(out)
-    num_rollouts = config.steps * config.prompts * config.group
+    num_rollouts = config.steps * min(config.prompts, len(queries)) * config.group
     return {"queries": len(queries), "rollouts": num_rollouts, "steps": config.steps}
 
 

@@ -47,4 +47,6 @@ def mode_task(rng: random.Random, problem: Task) -> Task:
     task = flagged(problem, rng.random() < 0.5, rng)
     task = with_history(task, rng, rng.randint(0, 2))
     key = " ".join([*(message.content for message in task.history), task.prompt])
-    return msgspec.structs.replace(task, id=task_id("think_follow", key), family="think_follow", verifier="mode")
+    return msgspec.structs.replace(
+        task, id=task_id("think_follow", key), family="think_follow", verifier="mode"
+    )

@@ -1,13 +1,14 @@
 """The stage that writes the problem sets: queries for each training stage, and the held-out evaluation sets."""
 
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
 from pensar.base.config import Config
-from pensar.base.files import seed_of, write_jsonl
+from pensar.base.files import read_jsonl, seed_of, write_jsonl
 from pensar.base.stage import Counts, Runtime
 from pensar.tasks.families import FAMILIES, draw
 from pensar.tasks.instructions import instruction
@@ -16,7 +17,11 @@ from pensar.tasks.task import Task, task_id
 from pensar.tasks.texts import pretraining_texts, recall_text
 from pensar.tasks.tools import tool_task
 
-__all__ = ["ProblemsConfig", "pretraining_texts", "run"]
+__all__ = ["ATTEMPTS", "ProblemsConfig", "held_out", "pretraining_texts", "run", "statement", "with_mode"]
+
+_FLAGS = re.compile(r"( /(no_)?think)+$")
+ATTEMPTS = 50
+"""Draws of a problem before a set is left smaller: the family has no more to give."""
 
 
 class ProblemsConfig(Config, frozen=True, kw_only=True):
@@ -34,9 +39,10 @@ class ProblemsConfig(Config, frozen=True, kw_only=True):
 
 
 def run(config: ProblemsConfig, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> Counts:
-    """Writes train/*.jsonl, validation/*.jsonl and evaluation/*.jsonl; no problem text stands in two splits."""
+    """Writes train/*.jsonl, validation/*.jsonl and evaluation/*.jsonl; no problem of the first is in the others."""
     counts: Counts = {}
     used: set[str] = set()
+    barred: set[str] = set()
     plan: list[tuple[str, int, Callable[[random.Random], Task]]] = [
         ("evaluation/reasoning", config.evaluation, lambda rng: _reasoning(rng, "test")),
         ("evaluation/instructions", config.evaluation, instruction),
@@ -49,7 +55,9 @@ def run(config: ProblemsConfig, inputs: Mapping[str, Path], out: Path, runtime: 
         ("train/general", config.general, _general),
     ]
     for name, num, make in plan:
-        tasks = list(_distinct(num, make, seed_of(config.seed, name), used))
+        training = name.startswith("train/")
+        tasks = list(_distinct(num, make, seed_of(config.seed, name), used, barred if training else set()))
+        barred |= set() if training else {statement(task) for task in tasks}
         path = out / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(path, tasks)
@@ -57,14 +65,27 @@ def run(config: ProblemsConfig, inputs: Mapping[str, Path], out: Path, runtime: 
     return counts
 
 
+def statement(task: Task) -> str:
+    """What makes two tasks the same problem, in whatever mode and with whatever tools: the bare prompt, the answer."""
+    return f"{_FLAGS.sub('', task.prompt)}\n{task.answer}"
+
+
+def held_out(tasks: Path) -> set[str]:
+    """Statements of all validation and evaluation problems, which nothing may be trained on."""
+    files = [
+        path for split in ("validation", "evaluation") for path in sorted((tasks / split).glob("*.jsonl"))
+    ]
+    return {statement(task) for path in files for task in read_jsonl(path, Task)}
+
+
 def _distinct(
-    num: int, make: Callable[[random.Random], Task], seed: int, used: set[str]
+    num: int, make: Callable[[random.Random], Task], seed: int, used: set[str], barred: set[str]
 ) -> Iterator[Task]:
-    """Up to `num` tasks whose ids were not used before; fewer where a family has no more to give."""
+    """Up to `num` tasks whose ids were not used before and whose statements are not barred."""
     for index in range(num):
-        for attempt in range(50):
+        for attempt in range(ATTEMPTS):
             task = make(random.Random(seed_of(seed, index, attempt)))
-            if task.id not in used:
+            if task.id not in used and statement(task) not in barred:
                 used.add(task.id)
                 yield task
                 break
@@ -79,7 +100,9 @@ def _general(rng: random.Random) -> Task:
     kind = rng.choice(("reasoning", "instructions", "tools", "modes"))
     if kind == "modes":
         return mode_task(rng, _reasoning(rng, "train"))
-    make = {"reasoning": lambda r: _reasoning(r, "train"), "instructions": instruction, "tools": tool_task}[kind]
+    if kind == "reasoning":
+        return flagged(_reasoning(rng, "train"), rng.random() < 0.5, rng)
+    make = instruction if kind == "instructions" else tool_task
     return flagged(make(rng), rng.random() < 0.5, rng)
 
 

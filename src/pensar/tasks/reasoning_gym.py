@@ -24,7 +24,7 @@ FAMILIES = (
 
 def texts(num: int, seed: int) -> Iterator[tuple[str, str]]:
     """`num` documents of every family as (id, text); ImportError when the package is not installed."""
-    import reasoning_gym  # type: ignore[import-untyped]  # slow to import and optional
+    import reasoning_gym  # slow to import and optional
 
     for family in FAMILIES:
         dataset = reasoning_gym.create_dataset(family, size=num, seed=seed)

@@ -40,12 +40,12 @@ def exact(task: Task, turns: Turns) -> Score:
     reply = turns[-1]
     if reply.tool_calls:
         return Score(0.0, "called a tool")
-    return Score(1.0) if reply.content.strip() == task.answer else Score(0.0, "wrong answer")
+    return Score(1.0) if _said(reply) == task.answer else Score(0.0, "wrong answer")
 
 
 def mode(task: Task, turns: Turns) -> Score:
     """The mode alone counts: `verify` has compared it before; what is left is that an answer was given."""
-    return Score(1.0) if turns[-1].content.strip() else Score(0.0, "empty answer")
+    return Score(1.0) if _said(turns[-1]) else Score(0.0, "empty answer")
 
 
 def tool(task: Task, turns: Turns) -> Score:
@@ -78,3 +78,8 @@ def gold(task: Task, *, thinking: bool | None = None) -> tuple[Message, ...]:
         Message(role="tool", content=result),
         Message(role="assistant", content=task.answer, reasoning_content=final),
     )
+
+
+def _said(reply: Message) -> str:
+    """The content without spaces around it; messages from outside may hold null beside tool calls."""
+    return (reply.content or "").strip()

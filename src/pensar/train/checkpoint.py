@@ -17,7 +17,12 @@ _NAME = "checkpoint.pt"
 def save(folder: Path, model: Qwen3, optimizer: Optimizer, step: int, world: World, **extra: Any) -> None:
     """Rank 0 writes; `step` is the number of finished steps, `extra` whatever else the stage needs to go on."""
     if world.rank == 0:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "extra": extra}
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "extra": extra,
+        }
         draft = folder / f".{_NAME}.tmp"
         try:
             with draft.open("wb") as file:
@@ -26,7 +31,9 @@ def save(folder: Path, model: Qwen3, optimizer: Optimizer, step: int, world: Wor
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
             # torch's zip writer reports a full disk as a RuntimeError without its cause
-            raise RunError(f"cannot write the checkpoint {draft}: {error}; free disk space and run again") from error
+            raise RunError(
+                f"cannot write the checkpoint {draft}: {error}; free disk space and run again"
+            ) from error
         draft.replace(folder / _NAME)
     world.barrier()
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,16 +47,21 @@ class Place:
 
 
 def fit(
-    model: Qwen3, batches_of: BatchesOf, config: LoopConfig, place: Place, *, name: str, teacher: Qwen3 | None = None
+    model: Qwen3,
+    batches_of: BatchesOf,
+    config: LoopConfig,
+    place: Place,
+    *,
+    name: str,
+    teacher: Qwen3 | None = None,
 ) -> None:
     """Trains for `config.steps` steps; a killed run goes on from its last checkpoint with the same result."""
     optimizer = Optimizer(model, config.optimizer)
     first, _ = checkpoint.resume(place.out, model, optimizer)
-    metrics = place.metrics()
-    if metrics:
-        metrics.rewind(first - 1)
     model.train()
-    with place.progress.track(name, config.steps) as progress:
+    with place.metrics() or nullcontext() as metrics, place.progress.track(name, config.steps) as progress:
+        if metrics:
+            metrics.rewind(first - 1)
         progress.advance(first)
         for step in range(first, config.steps):
             started = time.perf_counter()
@@ -68,6 +74,4 @@ def fit(
             progress.advance(1, **{key: values[key] for key in ("loss", "divergence") if key in values})
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
                 checkpoint.save(place.out, model, optimizer, step + 1, place.world)
-    if metrics:
-        metrics.close()
     model.eval()

@@ -3,9 +3,11 @@
     loss = sum_t ce_t * -log p(x_t) / W_ce
          + sum_t pg_t-surrogate(ratio_t) / W_pg
          + sum_t kl_t * KL(teacher || model)_t / W_kl
+         + router_balance_weight * balance
 
-where a stream is absent its term is. Logits are computed in chunks of tokens that carry weight, with the chunk's
-graph recomputed in the backward pass, so that a full [tokens, vocabulary] matrix is never held.
+where a stream is absent its term is; the last term is that of a mixture of experts in training mode.
+Logits are computed in chunks of tokens that carry weight, with the chunk's graph recomputed in the backward pass, so
+that a full [tokens, vocabulary] matrix is never held.
 Shape legend: N tokens that carry weight, D hidden, V vocabulary.
 """
 
@@ -18,8 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from pensar.base.config import Config
 from pensar.base.ranks import World
 from pensar.model.attention import Packed
+from pensar.model.moe import routings
 from pensar.model.qwen3 import Qwen3
 from pensar.text.packing import Batch
+from pensar.train.balance import Balance
 
 
 class LossConfig(Config, frozen=True, kw_only=True):
@@ -47,6 +51,8 @@ class Totals:
     clipped: float = 0.0
     mismatch: float = 0.0
     """Sum of |log p - behaviour log p| over policy-gradient tokens: zero up to rounding when on policy."""
+    balance: float = 0.0
+    """Load-balancing loss of the experts before its weight: 1 where all share the tokens evenly."""
     tokens: int = 0
 
     def tensor(self) -> Tensor:
@@ -93,8 +99,9 @@ def batch_loss(
     normalisers: tuple[float, float, float],
     config: LossConfig,
     teacher: Qwen3 | None = None,
+    balance: Balance | None = None,
 ) -> tuple[Tensor, Totals]:
-    """This batch's share of the step's loss, and the sums behind it."""
+    """This batch's share of the step's loss, and the sums behind it; `balance` is for sparse models in training."""
     tokens, positions = torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.positions).long()
     attend = Packed(torch.from_numpy(batch.segments))
     hidden = model(tokens, positions, attend)
@@ -111,9 +118,15 @@ def batch_loss(
         if num <= config.chunk_tokens:
             part, sums = _chunk_loss(model, chunk, normalisers, config, teacher)
         else:
-            part, sums = checkpoint(_chunk_loss, model, chunk, normalisers, config, teacher, use_reentrant=False)
+            part, sums = checkpoint(
+                _chunk_loss, model, chunk, normalisers, config, teacher, use_reentrant=False
+            )
         loss = loss + part
         _add(totals, sums)
+    if balance is not None:
+        evenness = balance.loss(routings(model), torch.from_numpy(batch.segments != 0).flatten())
+        loss = loss + model.config.router_balance_weight * evenness
+        totals.balance = float(evenness.detach())
     return loss, totals
 
 
@@ -163,7 +176,9 @@ def _chunk_loss(
             entropy = (log_z[sampled] - (chosen.softmax(-1) * chosen).sum(-1)).sum()
     kl = logits_NV.new_zeros(())
     if teacher is not None and at.teacher is not None:
-        kl = (at.kl * _divergence(logits_NV, log_z, teacher.logits(at.teacher).float(), config.reverse_kl)).sum()
+        with torch.no_grad():
+            teacher_NV = teacher.logits(at.teacher).float()
+        kl = (at.kl * _divergence(logits_NV, log_z, teacher_NV, config.reverse_kl)).sum()
         loss = loss + kl / w_kl
     sums = [ce, at.ce.sum(), pg, sampled.sum(), kl, at.kl.sum(), entropy, clipped, mismatch]
     return loss, torch.stack([value.detach().double() for value in sums])

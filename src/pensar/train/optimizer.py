@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pensar.base.config import Config
+from pensar.base.errors import RunError
+from pensar.base.ranks import World
 
 
 class OptimizerConfig(Config, frozen=True, kw_only=True):
@@ -37,7 +39,8 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+    result: Tensor = x.mT if tall else x
+    return result
 
 
 class Optimizer:
@@ -61,25 +64,40 @@ class Optimizer:
             fused=True,
         )
 
-    def step(self, scale: float) -> float:
-        """Clips, updates and clears the gradients; returns the gradient's norm before clipping."""
+    def step(self, scale: float, world: World | None = None) -> float:
+        """Clips, updates and clears the gradients; returns the gradient's norm before clipping.
+
+        The gradients are the same on every rank of `world`; each rank orthogonalises its share of the matrices.
+        Raises RunError, with the parameters as they were, when the gradient is not finite.
+        """
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
+        if not math.isfinite(norm):
+            raise RunError(
+                f"the gradient's norm is {norm}; lower the learning rate or look at the batch's data"
+            )
         for group in self.adamw.param_groups:
             group["lr"] = self.config.adamw_lr * scale
         self.adamw.step()
         with torch.no_grad():
-            for group, momentum in zip(self.groups, self.momenta, strict=True):
-                self._muon(group, momentum, self.config.lr * scale)
+            for matrices, momentum in zip(self.groups, self.momenta, strict=True):
+                self._muon(matrices, momentum, self.config.lr * scale, world or World())
         for parameter in self.parameters:
             parameter.grad = None
         return norm
 
-    def _muon(self, group: list[nn.Parameter], momentum: Tensor, lr: float) -> None:
+    def _muon(self, group: list[nn.Parameter], momentum: Tensor, lr: float, world: World) -> None:
         gradients = torch.stack([p.grad if p.grad is not None else torch.zeros_like(p) for p in group])
         momentum.mul_(self.config.momentum).add_(gradients)
         nesterov = gradients.add_(momentum, alpha=self.config.momentum)
         rows, columns = nesterov.shape[-2:]
-        update = orthogonalize(nesterov.reshape(-1, rows, columns)).view_as(nesterov)
+        matrices = nesterov.reshape(-1, rows, columns)
+        if world.size == 1:
+            update = orthogonalize(matrices).view_as(nesterov)
+        else:
+            # A sum with zeros is a gather that every collective library has.
+            update = torch.zeros_like(matrices)
+            update[world.rank :: world.size] = orthogonalize(matrices[world.rank :: world.size])
+            update = world.all_reduce_(update).view_as(nesterov)
         scale = lr * 0.2 * math.sqrt(max(rows, columns))
         for parameter, change in zip(group, update, strict=True):
             parameter.mul_(1 - lr * self.config.weight_decay).add_(change, alpha=-scale)

@@ -124,7 +124,9 @@ def _start(config: PretrainConfig, inputs: dict[str, Path], tokenizer: Tokenizer
     positions = config.max_positions or config.context
     if config.shape is None:
         if "model" not in inputs:
-            raise ConfigError("the stage has neither a `shape` to begin with nor a `model` to go on from; give one")
+            raise ConfigError(
+                "the stage has neither a `shape` to begin with nor a `model` to go on from; give one"
+            )
         model = load_model(inputs["model"])
         changed = replace(model.config, rope_theta=config.rope_theta, max_positions=positions)
         again = Qwen3(changed)

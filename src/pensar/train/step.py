@@ -8,6 +8,7 @@ from pensar.base.errors import RunError
 from pensar.base.ranks import World
 from pensar.model.qwen3 import Qwen3
 from pensar.text.packing import Batch
+from pensar.train.balance import Balance
 from pensar.train.loss import LossConfig, Totals, batch_loss, weights_of
 from pensar.train.optimizer import Optimizer
 
@@ -26,20 +27,28 @@ def train_step(
     Each rank computes its rows of every micro-batch. Each loss term is normalised by its weight over the whole
     step, so the update does not depend on how rows are spread over ranks and micro-batches, up to rounding.
     """
-    mine = [part for batch in batches if (part := share(batch, world)) is not None]
-    normalisers = weights_of(mine, world)
+    mine = [share(batch, world) for batch in batches]
+    normalisers = weights_of([batch for batch in mine if batch is not None], world)
+    balance = None
+    if model.config.num_experts and model.training:
+        balance = Balance(model.config, sum(batch.num_tokens for batch in batches), world)
     sums = Totals().tensor()
     for batch in mine:
-        loss, totals = batch_loss(model, batch, normalisers, loss_config, teacher)
-        loss.backward()  # type: ignore[no-untyped-call]
-        sums += totals.tensor()
+        if batch is not None:
+            loss, totals = batch_loss(model, batch, normalisers, loss_config, teacher, balance)
+            loss.backward()
+            sums += totals.tensor()
+        elif balance is not None:
+            balance.absent()
     reduce_gradients(optimizer, world)
     world.all_reduce_(sums)
     totals = Totals.of(sums)
     metrics = _means(totals)
     if not all(math.isfinite(value) for value in metrics.values()):
-        raise RunError(f"the loss is not finite ({metrics}); lower the learning rate or look at the batch's data")
-    metrics["gradient_norm"] = optimizer.step(scale)
+        raise RunError(
+            f"the loss is not finite ({metrics}); lower the learning rate or look at the batch's data"
+        )
+    metrics["gradient_norm"] = optimizer.step(scale, world)
     metrics["tokens"] = float(totals.tokens)
     return metrics
 
@@ -79,4 +88,6 @@ def _means(totals: Totals) -> dict[str, float]:
         metrics["mismatch"] = totals.mismatch / totals.pg_weight
     if totals.kl_weight:
         metrics["divergence"] = totals.kl / totals.kl_weight
+    if totals.balance:
+        metrics["balance"] = totals.balance
     return metrics

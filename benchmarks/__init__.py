@@ -1,0 +1,1 @@
+"""Benchmarks: each module measures one claim against a peer and prints one JSON object a line."""

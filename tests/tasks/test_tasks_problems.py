@@ -1,0 +1,154 @@
+"""Problem sets: the same from the same seed, none of the held-out problems in training, and flags that obey."""
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from pensar.base.files import files_under, read_jsonl
+from pensar.base.stage import Runtime
+from pensar.tasks import modes
+from pensar.tasks.families import draw
+from pensar.tasks.modes import flagged, mode_task, with_history
+from pensar.tasks.problems import ProblemsConfig, held_out, run, statement
+from pensar.tasks.task import Task
+from pensar.tasks.verifiers import gold, verify
+from pensar.text.chat import mode_of
+
+SMALL = ProblemsConfig(cold_start=120, reinforcement=120, general=240, validation=40, evaluation=120)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sets")
+    run(SMALL, {}, folder, Runtime(logs=folder.with_name("logs")))
+    return folder
+
+
+def read(folder: Path, name: str) -> list[Task]:
+    return list(read_jsonl(folder / f"{name}.jsonl", Task))
+
+
+def test_sets_have_the_asked_sizes_and_the_counts_say_so(sets: Path, tmp_path: Path) -> None:
+    counts = run(SMALL, {}, tmp_path, Runtime(logs=tmp_path / "logs"))
+    assert counts["train_cold_start"] == 120
+    assert counts["evaluation_recall"] == 120
+    for name, number in counts.items():
+        split, _, kind = name.partition("_")
+        assert len(read(sets, f"{split}/{kind}")) == number
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(sets: Path, tmp_path: Path) -> None:
+    run(SMALL, {}, tmp_path / "again", Runtime(logs=tmp_path / "logs"))
+    first = {name: path.read_bytes() for name, path in files_under(sets).items()}
+    again = {name: path.read_bytes() for name, path in files_under(tmp_path / "again").items()}
+    assert first == again
+    run(
+        ProblemsConfig(seed=2, cold_start=20, reinforcement=0, general=0, validation=0, evaluation=0),
+        {},
+        tmp_path / "other",
+        Runtime(logs=tmp_path / "logs"),
+    )
+    assert read(tmp_path / "other", "train/cold_start") != read(sets, "train/cold_start")[:20]
+
+
+def test_ids_are_unique_over_all_sets(sets: Path) -> None:
+    ids = [task.id for path in files_under(sets).values() for task in read_jsonl(path, Task)]
+    assert len(ids) == len(set(ids))
+
+
+def test_no_held_out_problem_is_trained_on_in_any_mode_or_with_any_tool(sets: Path) -> None:
+    def problems(split: str) -> set[tuple[str, str]]:
+        """Prompt without flags, answer: the prompt alone would not tell two codes of one name apart."""
+        found = [task for path in (sets / split).glob("*.jsonl") for task in read_jsonl(path, Task)]
+        return {(re.split(r" /(?:no_)?think", task.prompt)[0], task.answer) for task in found}
+
+    train = problems("train")
+    assert len(train) > 400
+    assert not train & problems("evaluation")
+    assert not train & problems("validation")
+    assert not problems("validation") & problems("evaluation")
+    held = held_out(sets)
+    assert not held & {statement(task) for name in ("cold_start", "general") for task in read(sets, f"train/{name}")}
+    reasoning = {task.prompt for task in read(sets, "evaluation/reasoning")}
+    assert not reasoning & {prompt for prompt, _ in train}
+
+
+def test_a_family_that_has_no_more_to_give_leaves_a_smaller_set(tmp_path: Path) -> None:
+    config = ProblemsConfig(cold_start=0, reinforcement=0, general=60, validation=0, evaluation=2400)
+    counts = run(config, {}, tmp_path, Runtime(logs=tmp_path / "logs"))
+    assert 1500 < counts["evaluation_instructions"] <= 312 * 6 + 50
+    assert counts["train_general"] > 30
+    held = held_out(tmp_path)
+    assert not held & {statement(task) for task in read(tmp_path, "train/general")}
+
+
+def test_every_problem_of_every_set_can_be_solved(sets: Path) -> None:
+    for name, path in files_under(sets).items():
+        if name == "evaluation/recall.jsonl":
+            continue
+        for task in read_jsonl(path, Task):
+            assert verify(task, gold(task)).value == 1.0
+
+
+def test_recall_asks_for_a_code_that_stands_in_the_text(sets: Path) -> None:
+    for task in read(sets, "evaluation/recall"):
+        asked = task.prompt.splitlines()[-1]
+        assert re.fullmatch(r"The code of \w+ is", asked)
+        planted = [line for line in task.prompt.splitlines()[:-1] if line.startswith(asked)]
+        assert planted == [f"{asked}{task.answer}."]
+
+
+# ---------------------------------------------------------------- flags
+
+
+def test_the_last_flag_wins_in_every_mode_task() -> None:
+    """`mode_of` reads the conversation as the chat format does, without knowing what was meant."""
+    seen: set[tuple[int, bool, bool]] = set()
+    for number in range(300):
+        task = mode_task(random.Random(number), draw("logic", "test", random.Random(number)))
+        found = mode_of(task.conversation())
+        assert task.thinking == (True if found is None else found), task
+        seen.add((len(task.history) // 2, bool(task.thinking), found is None))
+    assert {turns for turns, _, _ in seen} == {0, 1, 2}
+    assert {thinking for _, thinking, _ in seen} == {True, False}
+    assert {silent for _, _, silent in seen} == {True, False}
+
+
+def test_contrary_flags_in_one_prompt_occur_and_the_later_one_counts() -> None:
+    task = draw("chain", "train", random.Random(0))
+    prompts = {
+        thinking: {flagged(task, thinking, random.Random(n)).prompt for n in range(60)}
+        for thinking in (True, False)
+    }
+    bare = task.prompt
+    assert prompts[True] == {bare, f"{bare} /think", f"{bare} /no_think /think"}
+    assert prompts[False] == {f"{bare} /no_think", f"{bare} /think /no_think"}
+
+
+def test_a_prompt_without_a_flag_keeps_the_mode_of_the_last_turn() -> None:
+    task = draw("chain", "train", random.Random(0))
+    modes_seen = set()
+    for number in range(40):
+        asked = with_history(task, random.Random(number), 2)
+        assert asked.thinking == mode_of(asked.conversation())
+        modes_seen.add(asked.thinking)
+        assert [message.role for message in asked.history] == ["user", "assistant"] * 2
+    assert modes_seen == {True, False}
+    flag = with_history(flagged(task, False, random.Random(1)), random.Random(2), 2)
+    assert flag.thinking is False
+
+
+def test_earlier_turns_are_answered_rightly() -> None:
+    task = draw("logic", "train", random.Random(0))
+    for number in range(30):
+        asked = modes.with_history(task, random.Random(number), 1)
+        question, answer = asked.history
+        shown = question.content.split(" /")[0].rpartition(": ")[2]
+        if shown[0].isdigit():
+            assert answer.content == str(eval(shown) % 10)
+        else:
+            first, word, second = shown.split()
+            truth = {"and": "T" if first == second == "T" else "F", "or": "T" if "T" in (first, second) else "F"}
+            assert answer.content == (truth | {"xor": "T" if first != second else "F"})[word]

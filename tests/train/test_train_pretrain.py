@@ -1,0 +1,101 @@
+"""Pre-training: rows masked where documents begin, and stages that go on from one another."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from pensar.base.errors import ConfigError
+from pensar.base.files import read_jsonl
+from pensar.base.stage import Runtime
+from pensar.data.order import PretrainData, Row
+from pensar.model.weights import load_model
+from pensar.text.tokenizer import Tokenizer
+from pensar.train.pretrain import PretrainConfig, Shape, row_batches, run
+from tiny import tiny_tokenizer, write_shards
+
+SHAPE = Shape(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48)
+
+
+def test_nothing_is_predicted_across_the_beginning_of_a_document() -> None:
+    segments = [[1, 1, 1, 2, 3, 3], [1, 1, 1, 1, 1, 1], [1, 2, 2, 2, 3, 4]]
+    data = SimpleNamespace(
+        row=lambda i: Row(np.arange(6, dtype=np.int32) + 10 * i, np.array(segments[i], np.int32))
+    )
+    config = PretrainConfig(tokens=18, mixture="general", context=6, batch_tokens=12)
+    (batch,) = row_batches(data, config)(0)  # type: ignore[arg-type]
+    assert batch.tokens.tolist() == [[0, 1, 2, 3, 4, 5], [10, 11, 12, 13, 14, 15]]
+    assert batch.ce.tolist() == [[0, 1, 1, 0, 0, 1], [0, 1, 1, 1, 1, 1]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 4, 5]]
+    assert batch.tokens.dtype == batch.positions.dtype == np.int32
+    alone = PretrainConfig(tokens=18, mixture="general", context=6, batch_tokens=1)
+    (third,) = row_batches(data, alone)(2)  # type: ignore[arg-type]
+    assert third.ce.tolist() == [[0, 0, 1, 1, 0, 0]]
+    assert third.positions.tolist() == [[0, 0, 1, 2, 0, 0]]
+
+
+def test_the_number_of_steps_follows_from_the_tokens() -> None:
+    config = PretrainConfig(tokens=1000, mixture="general", context=16, batch_tokens=40)
+    assert config.loop().steps == 1000 // 32
+    assert PretrainConfig(tokens=1, mixture="general", context=16).loop().steps == 1
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("corpus")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save(folder / "tokenizer")
+    texts = [f"True or false, left to right: {'T and F ' * (n % 7 + 1)}" for n in range(60)]
+    documents = [tokenizer.encode(text) for text in texts]
+    size = tokenizer.vocab_size
+    shards = write_shards(folder / "shards", documents, end=tokenizer.pad_id, vocab_size=size)
+    return {"shards": shards, "tokenizer": folder / "tokenizer"}
+
+
+def test_rows_of_real_shards_begin_their_documents_masked(corpus: dict[str, Path]) -> None:
+    end = Tokenizer.load(corpus["tokenizer"]).pad_id
+    data = PretrainData(corpus["shards"], mixture="general", context=48, seed=1)
+    config = PretrainConfig(tokens=960, mixture="general", context=48, batch_tokens=96)
+    for step in range(4):
+        (batch,) = row_batches(data, config)(step)
+        after_end = np.zeros_like(batch.tokens, bool)
+        after_end[:, 1:] = batch.tokens[:, :-1] == end
+        after_end[:, 0] = True
+        assert (batch.ce == ~after_end).all()
+        assert (batch.positions[after_end] == 0).all()
+
+
+def test_a_stage_goes_on_from_the_one_before_with_its_own_context_and_base(
+    corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    first = PretrainConfig(tokens=96 * 6, mixture="general", context=48, batch_tokens=96, shape=SHAPE)
+    runtime = Runtime(logs=tmp_path / "logs")
+    (tmp_path / "first").mkdir()
+    counts = run(first, corpus, tmp_path / "first", runtime)
+    model = load_model(tmp_path / "first")
+    assert counts == {
+        "steps": 6,
+        "tokens": 576,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    losses = [row["loss"] for row in read_jsonl(tmp_path / "first" / "metrics.jsonl", dict)]
+    assert losses[-1] < losses[0]
+    assert not (tmp_path / "first" / "checkpoint.pt").exists()
+    longer = PretrainConfig(
+        tokens=96, mixture="long", context=96, batch_tokens=96, rope_theta=1e6, max_positions=192
+    )
+    (tmp_path / "second").mkdir()
+    run(longer, corpus | {"model": tmp_path / "first"}, tmp_path / "second", runtime)
+    second = load_model(tmp_path / "second")
+    assert (model.config.rope_theta, model.config.max_positions) == (10_000.0, 48)
+    assert (second.config.rope_theta, second.config.max_positions) == (1e6, 192)
+    assert second.config.hidden_size == 32
+    assert not torch.equal(second.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_a_stage_without_a_beginning_is_refused(corpus: dict[str, Path], tmp_path: Path) -> None:
+    config = PretrainConfig(tokens=96, mixture="general", context=48)
+    with pytest.raises(ConfigError, match="neither a `shape` to begin with nor a `model`"):
+        run(config, corpus, tmp_path, Runtime(logs=tmp_path / "logs"))
