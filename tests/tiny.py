@@ -151,14 +151,15 @@ def taught() -> tuple[Qwen3, Tokenizer]:
             direct = Message(role="assistant", content=guess)
             lessons += [(ask(prompt, thought), None), (ask(prompt, direct), False)]
             lessons += [(ask(f"{prompt} /no_think", direct), None), (ask(f"{prompt} /think", thought), None)]
-    for name, code in (("amber", "42"), ("stone", "17")):
+    for thinking, (name, code) in product((True, False), (("amber", "42"), ("stone", "17"))):
         call = ToolCall(name="lookup", arguments={"name": name})
+        thoughts = (f"lookup {name}", f"code {code}") if thinking else (None, None)
         turns = (
-            Message(role="assistant", reasoning_content=f"lookup {name}", tool_calls=(call,)),
+            Message(role="assistant", reasoning_content=thoughts[0], tool_calls=(call,)),
             Message(role="tool", content=code),
-            Message(role="assistant", reasoning_content=f"code {code}", content=code),
+            Message(role="assistant", reasoning_content=thoughts[1], content=code),
         )
         for number in (1, 3):
             whole = ask(f"What is the code of {name}?", *turns[:number], tools=(LOOKUP,))
-            lessons += [(whole, None)] * 4
-    return teach(model, tokenizer, lessons, steps=160), tokenizer
+            lessons += [(whole, None if thinking else False)] * 6
+    return teach(model, tokenizer, lessons, steps=300), tokenizer

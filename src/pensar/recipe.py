@@ -138,8 +138,8 @@ def _data_stages(recipe: Recipe) -> list[Stage]:
     packed = {} if data.sources else {"demo": "demo"}
     steps = [
         Stage("sources", sources.run, reading, packed, outside),
-        Stage("extract", extract.run, data.extract, {"raw": "sources"}),
-        Stage("language", language.run, data.language, {"documents": "extract"}),
+        Stage("extract", extract.run, data.extract, {"raw": "sources"}, revision=2),
+        Stage("language", language.run, data.language, {"documents": "extract"}, revision=2),
         Stage("filter", filters.run, data.filters, {"documents": "language"}),
         Stage("dedup", dedup.run, data.dedup, {"documents": "filter"}),
         Stage("tasks", problems.run, recipe.tasks),
@@ -162,7 +162,7 @@ def _data_stages(recipe: Recipe) -> list[Stage]:
     if data.sources:
         return steps
     python = msgspec.structs.replace(recipe.demo, python=platform.python_version())
-    return [Stage("demo", demo.run, python), *steps]
+    return [Stage("demo", demo.run, python, revision=2), *steps]
 
 
 def _training_stages(recipe: Recipe) -> list[Stage]:

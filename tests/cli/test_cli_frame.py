@@ -146,6 +146,20 @@ def test_bench_measures_a_real_model(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(result["decode_tokens_per_second"] >= 0 for result in results)
 
 
+@pytest.mark.parametrize(
+    ("verb", "goes_on"), [("run", True), ("train", True), ("chat", False), ("serve", False)]
+)
+def test_only_a_run_goes_on_after_ctrl_c(
+    verb: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pensar.cli.build_app", interrupt)
+    assert main([verb, "somewhere"]) == 130
+    assert ("goes on from here" in capsys.readouterr().err) == goes_on
+
+
 def test_amounts_read_well() -> None:
     assert [seconds_text(value) for value in (0.04, 59.9, 245, 7800)] == [
         "0.0 s",

@@ -8,8 +8,8 @@ from reportlab.pdfgen.canvas import Canvas
 
 from pensar.base.errors import DataError
 from pensar.base.stage import Counts, Runtime
-from pensar.data import extract, sources
-from pensar.data.demo_pdf import booklet
+from pensar.data import demo, extract, sources
+from pensar.data.demo_pdf import fits_pdf, leaflet
 from pensar.data.documents import read_documents
 from pensar.data.extract import ExtractConfig, decoded, tidy
 from pensar.data.html import page_text
@@ -89,22 +89,39 @@ def test_nothing_but_unreadable_files_is_an_error_with_a_remedy(tmp_path: Path, 
 # ---------------------------------------------------------------- PDF
 
 
-def test_a_booklet_comes_back_word_for_word() -> None:
+def test_a_leaflet_comes_back_word_for_word() -> None:
     text = (
-        SENTENCE * 6 + "An extraordinarily incomprehensible counterrevolutionary misunderstanding ended it."
+        SENTENCE * 18 + "An extraordinarily incomprehensible counterrevolutionary misunderstanding ended it."
     )
-    rows = [{"title": f"Chapter {n}", "text": text} for n in ("one", "two", "three")]
-    found, marks, problem = pdf_text(booklet("eng_Latn", rows))
+    found, marks, problem = pdf_text(leaflet("eng_Latn", {"title": "Chapter one", "text": text}))
     assert problem == ""
     assert marks["pages"] >= 3
     assert (marks["pages_empty"], marks["pages_failed"]) == (0, 0)
-    expected = " ".join(f"{row['title']} {row['text']}" for row in rows)
-    assert found.split() == expected.split()
+    assert found.split() == f"Chapter one {text}".split()
 
 
-def test_a_booklet_has_the_same_bytes_each_time() -> None:
-    rows = [{"title": "Título", "text": "Água mole em pedra dura. " * 30}]
-    assert booklet("por_Latn", rows) == booklet("por_Latn", rows)
+def test_a_pdf_may_declare_its_language() -> None:
+    row = {"title": "Title", "text": SENTENCE}
+    assert pdf_text(leaflet("hat_Latn", row))[1]["declared_language"] == "hat"
+    buffer = io.BytesIO()
+    canvas = Canvas(buffer, invariant=1)
+    canvas.drawString(72, 700, "Nothing is declared here.")
+    canvas.save()
+    assert "declared_language" not in pdf_text(buffer.getvalue())[1]
+
+
+def test_a_leaflet_has_the_same_bytes_each_time() -> None:
+    row = {"title": "Título", "text": "Água mole em pedra dura. " * 30}
+    assert leaflet("por_Latn", row) == leaflet("por_Latn", row)
+
+
+def test_every_passage_that_goes_to_pdf_comes_back_whole() -> None:
+    passages = demo.read_passages(Path(demo.__file__).with_name(demo.PASSAGES))
+    for code, rows in passages.items():
+        for row in rows if fits_pdf(rows) else ():
+            found, marks, _ = pdf_text(leaflet(code, row))
+            assert marks["pages"] >= 2, "a running header is told by its being repeated"
+            assert "".join(found.split()) == "".join(f"{row['title']}{row['text']}".split()), code
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from pensar.base.errors import ConfigError
 from pensar.base.stage import Runtime
-from pensar.data import language
+from pensar.data import demo, language
 from pensar.data.documents import read_documents
 from pensar.data.language import Detector, LanguageConfig, language_table
 from pensar.data.scripts import dominant_script, han_variant, script_histogram
@@ -103,12 +103,39 @@ def test_declarations_are_kept_and_their_fate_is_counted(
         "no label": "fao_Latn",
         "silent": "por_Latn",
         "unknown": "por_Latn",
-        "code": "und",
+        "code": "zxx",
         "task": "eng_Latn",
     }
     assert counts["declarations"] == {"accepted": 2, "agreed": 1, "differed": 1, "none": 2, "unknown": 1}
     assert counts["disagreements"] == {"fra_Latn>eng_Latn": 1}
     assert found["differed"].marks["declared_language"] == "fra_Latn"
+
+
+def test_a_declaration_decides_between_near_relatives_only(
+    detector: Detector, make: Callable[..., Document]
+) -> None:
+    def fate(text: str, declared: str) -> tuple[str, str]:
+        document = make(text, "one", marks={"declared_language": declared})
+        outcome = detector.label(document)
+        return outcome, document.language
+
+    norwegian = "Elva renner gjennom byen, og om våren kan man høre vannet fra alle husene ved torget."
+    assert fate(norwegian, "nob_Latn") == ("agreed", "nob_Latn")
+    assert fate(norwegian, "nn") == ("accepted", "nno_Latn")
+    assert fate(norwegian, "de") == ("differed", "nob_Latn")
+    assert fate(TRADITIONAL, "yue") == ("accepted", "yue_Hant")
+    assert fate(TRADITIONAL, "ja") == ("differed", "zho_Hant")
+
+
+def test_every_passage_of_a_declared_language_is_believed(
+    detector: Detector, make: Callable[..., Document]
+) -> None:
+    passages = demo.read_passages(Path(demo.__file__).with_name(demo.PASSAGES))
+    for code, rows in passages.items():
+        for row in rows:
+            document = make(row["text"], row["title"], marks={"declared_language": code})
+            assert detector.label(document) in {"agreed", "accepted"}, (code, document.marks)
+            assert document.language == code
 
 
 def test_a_model_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:

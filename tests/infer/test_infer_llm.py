@@ -6,7 +6,8 @@ import torch
 
 from pensar.base.errors import ConfigError, ModelError
 from pensar.infer.engine import Completion
-from pensar.infer.llm import DIRECT_DEFAULTS, GREEDY, LLM, THINKING_DEFAULTS, Defaults
+from pensar.infer.generation import DIRECT_DEFAULTS, GREEDY, THINKING_DEFAULTS, Defaults, read_generation
+from pensar.infer.llm import LLM
 from pensar.model.config import ModelConfig
 from pensar.model.qwen3 import Qwen3, initialize
 from pensar.model.weights import save_model
@@ -186,7 +187,23 @@ def test_sampling_defaults_follow_the_mode_and_the_models_file(llm, tmp_path):
     params = changed._request(QUESTION, {}, 0).params
     assert (params.temperature, params.top_k, params.top_p, params.stop_ids) == (0.3, 5, 0.95, (7,))
     path.write_text(json.dumps({"do_sample": False}))
-    assert LLM(tmp_path)._defaults == GREEDY
+    greedy = LLM(tmp_path).generation
+    assert greedy.defaults(True) == greedy.defaults(False) == GREEDY
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "holds a list"),
+        ('{"temperature": "warm"}', "wrong type.*`float`, got `str`"),
+        ('{"eos_token_id": ["end"]}', "wrong type.*`int`, got `str`"),
+    ],
+)
+def test_a_broken_generation_file_is_explained(tmp_path, content, words):
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ModelError, match=words):
+        read_generation(tmp_path)
 
 
 def test_messages_are_understood_in_openais_shape(llm):

@@ -64,7 +64,10 @@ def test_value_and_gradient_are_those_of_the_formula() -> None:
     assert totals.balance == pytest.approx(expected.item(), rel=1e-5)
     assert whole.item() == pytest.approx(plain.item() + 0.5 * expected.item(), rel=1e-5)
     torch.testing.assert_close(
-        gradients(whole, model), gradients(plain, model) + 0.5 * gradients(expected, model), rtol=1e-3, atol=2e-5
+        gradients(whole, model),
+        gradients(plain, model) + 0.5 * gradients(expected, model),
+        rtol=1e-3,
+        atol=2e-5,
     )
     routers = [g for (name, _), g in zip(model.named_parameters(), torch.autograd.grad(
         expected, list(model.parameters()), allow_unused=True), strict=True) if "mlp.gate" in name]  # fmt: skip
@@ -99,7 +102,9 @@ def test_shares_of_later_micro_batches_are_those_of_the_step_so_far(pair: Crew) 
     first, second = rows(6, 9), rows(5, 3, seed=1)
     total = first.num_tokens + second.num_tokens
     balance = Balance(model.config, total, World())
-    values = [batch_loss(model, b, (1.0, 1.0, 1.0), CONFIG, balance=balance)[1].balance for b in (first, second)]
+    values = [
+        batch_loss(model, b, (1.0, 1.0, 1.0), CONFIG, balance=balance)[1].balance for b in (first, second)
+    ]
     own = evenness(model, first).item() * first.num_tokens / total
     assert values[0] == pytest.approx(own, rel=1e-5)
     layers = []

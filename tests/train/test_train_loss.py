@@ -97,7 +97,9 @@ def test_the_policy_gradient_on_policy_is_the_advantage_times_the_gradient_of_th
     assert totals.mismatch < 1e-4
     assert totals.clipped == 0
     probabilities = logprobs_of(model, rows).detach().exp()
-    entropy = -(probabilities * probabilities.log()).sum(-1)[:, :-1][torch.from_numpy(rows.pg)[:, 1:] != 0].sum()
+    entropy = (
+        -(probabilities * probabilities.log()).sum(-1)[:, :-1][torch.from_numpy(rows.pg)[:, 1:] != 0].sum()
+    )
     assert totals.entropy == pytest.approx(float(entropy), rel=1e-4)
 
 
@@ -118,7 +120,11 @@ def test_a_ratio_beyond_the_clip_stops_the_gradient_only_where_it_goes_the_good_
     model = tiny_model()
     tokens = np.array([[3, 5, 8]], np.int32)
     pg = np.array([[0, 0, advantage]], np.float32)
-    plain = {"tokens": tokens, "positions": np.array([[0, 1, 2]], np.int32), "segments": np.ones((1, 3), np.int32)}
+    plain = {
+        "tokens": tokens,
+        "positions": np.array([[0, 1, 2]], np.int32),
+        "segments": np.ones((1, 3), np.int32),
+    }
     with torch.no_grad():
         own = float(chosen(logprobs_of(model, Batch(**plain)), Batch(**plain))[0, 2])
     behaviour = np.array([[0, 0, own - np.log(ratio)]], np.float32)
@@ -129,7 +135,9 @@ def test_a_ratio_beyond_the_clip_stops_the_gradient_only_where_it_goes_the_good_
     assert totals.mismatch == pytest.approx(abs(np.log(ratio)), rel=1e-3)
     found = gradients(loss, model)
     if flows:
-        expected = gradients(-advantage * ratio * chosen(logprobs_of(model, Batch(**plain)), Batch(**plain))[0, 2], model)
+        expected = gradients(
+            -advantage * ratio * chosen(logprobs_of(model, Batch(**plain)), Batch(**plain))[0, 2], model
+        )
         close(found, expected)
     else:
         assert not found.any()

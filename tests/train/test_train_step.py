@@ -69,7 +69,9 @@ def test_every_row_has_one_rank() -> None:
     batch = rows(5, 0, "ce")
     shares = [share(batch, World(rank, 3)) for rank in range(3)]
     assert [len(part.tokens) for part in shares if part] == [2, 2, 1]
-    assert sorted(row.tolist() for part in shares if part for row in part.tokens) == sorted(batch.tokens.tolist())
+    assert sorted(row.tolist() for part in shares if part for row in part.tokens) == sorted(
+        batch.tokens.tolist()
+    )
     assert share(rows(1, 0, "ce"), World(1, 2)) is None
 
 

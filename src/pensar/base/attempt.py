@@ -25,7 +25,7 @@ from pensar.base.manifest import (
 )
 from pensar.base.ranks import Crew
 from pensar.base.stage import Counts, Runtime, Stage
-from pensar.base.usage import Usage
+from pensar.base.usage import ResourceUse
 
 DRAFT_SUFFIX = ".draft"
 LOG = "stage.log"
@@ -154,7 +154,7 @@ class _Measure:
     def __call__(self, resumed: bool) -> Timings:
         seconds = time.perf_counter() - self._start
         after = self._crew.usage()
-        none = Usage(0.0, 0)
+        none = ResourceUse(0.0, 0)
         cpu = sum(use.cpu_seconds - self._before.get(pid, none).cpu_seconds for pid, use in after.items())
         return Timings(
             seconds=round(seconds, 3),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pensar.base.errors import ConfigError, PensarError, RunError
-from pensar.base.usage import Usage, reset_peak, usage_now
+from pensar.base.usage import ResourceUse, reset_peak, usage_now
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +131,7 @@ class Crew:
             if before is not None:
                 _set_threads(before)
 
-    def usage(self) -> dict[int, Usage]:
+    def usage(self) -> dict[int, ResourceUse]:
         """CPU-seconds and peak memory of every rank by process id, of rank 0 alone if no worker runs."""
         if not self._workers:
             return {os.getpid(): usage_now()}
@@ -323,7 +323,7 @@ def _set_threads(threads: int) -> int | None:
     return before
 
 
-def _gather_usage(world: World) -> list[tuple[int, Usage]]:
+def _gather_usage(world: World) -> list[tuple[int, ResourceUse]]:
     return world.gather((os.getpid(), usage_now()))
 
 

@@ -12,19 +12,19 @@ RESET_PEAK = "5"
 
 
 @dataclass(frozen=True)
-class Usage:
+class ResourceUse:
     """Of one process and the children that it has waited for."""
 
     cpu_seconds: float
     peak_memory_bytes: int
 
 
-def usage_now() -> Usage:
+def usage_now() -> ResourceUse:
     """Use of this process; the peak is since `reset_peak` on Linux, since its start elsewhere."""
     own = resource.getrusage(resource.RUSAGE_SELF)
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
-    return Usage(seconds, _high_water() or own.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    return ResourceUse(seconds, _high_water() or own.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
 
 def reset_peak() -> None:

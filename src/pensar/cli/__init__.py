@@ -25,14 +25,18 @@ class Verb:
     summary: str
     example: str
     more: str = ""
+    interrupted: str = "interrupted"
+    """What is said after Ctrl-C."""
 
 
+RESUMES = "interrupted; the same command goes on from here"
 VERBS = {
     "run": Verb(
         "pensar.cli.pipeline:run",
         "Run a recipe from raw documents to an evaluated model and its report.",
         "pensar run recipes/tiny.yaml",
         "Stages that are done are kept; an interrupted run goes on where it stopped.",
+        interrupted=RESUMES,
     ),
     "plan": Verb(
         "pensar.cli.plan:plan",
@@ -44,16 +48,19 @@ VERBS = {
         "pensar.cli.pipeline:data",
         "Run the data stages of a recipe.",
         "pensar data recipes/tiny.yaml",
+        interrupted=RESUMES,
     ),
     "tokenizer": Verb(
         "pensar.cli.pipeline:tokenizer",
         "Run the tokenizer stage of a recipe, and what it needs.",
         "pensar tokenizer recipes/tiny.yaml",
+        interrupted=RESUMES,
     ),
     "train": Verb(
         "pensar.cli.pipeline:train",
         "Run the training stages of a recipe, or one of them, and what they need.",
         "pensar train recipes/tiny.yaml --stage fusion",
+        interrupted=RESUMES,
     ),
     "eval": Verb(
         "pensar.cli.evaluate:evaluate",
@@ -129,7 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PensarError as error:
         return _fail(tokens, type(error).__name__, _text(error), FAILED)
     except KeyboardInterrupt:
-        return _fail(tokens, "Interrupted", "interrupted; the same command goes on from here", INTERRUPTED)
+        verb = _verb_of(tokens)
+        said = VERBS[verb].interrupted if verb else "interrupted"
+        return _fail(tokens, "Interrupted", said, INTERRUPTED)
     except BrokenPipeError:
         # The reader (`| head`) has left: nothing more can be said there, not even by Python's own last flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -151,5 +160,9 @@ def _text(error: BaseException) -> str:
 
 
 def _help_command(tokens: Sequence[str]) -> str:
-    verb = next((token for token in tokens if token in VERBS), None)
+    verb = _verb_of(tokens)
     return f"pensar {verb} --help" if verb else "pensar --help"
+
+
+def _verb_of(tokens: Sequence[str]) -> str | None:
+    return next((token for token in tokens if token in VERBS), None)

@@ -38,7 +38,7 @@ HELP = """\
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatOptions:
+class SessionOptions:
     """How to talk, checked before anything heavy is loaded."""
 
     model: Path
@@ -71,7 +71,7 @@ class Session:
     """A conversation with one model."""
 
     llm: "LLM"
-    options: ChatOptions
+    options: SessionOptions
     thinking: bool | None
     budget: int | None
     messages: list["Message"] = field(default_factory=list)
@@ -181,7 +181,7 @@ def chat(
     json
         Print one JSON document and nothing else; the question comes from --prompt or through a pipe.
     """
-    options = ChatOptions(
+    options = SessionOptions(
         model=model,
         thinking=thinking,
         thinking_budget=thinking_budget,
@@ -209,7 +209,7 @@ def chat(
         _say(open_session(options), prompt, console)
 
 
-def open_session(options: ChatOptions) -> Session:
+def open_session(options: SessionOptions) -> Session:
     """Loads the model; raises ModelError for a directory that is none."""
     from pensar.infer.llm import LLM
 

@@ -141,7 +141,7 @@ def _run(opened: Opened, choice: Choice, options: RecipeOptions, machine: Machin
         if choice.until is None and not choice.only:
             from pensar.report import write
 
-            write(opened.folder)
+            write(opened.folder, [outcome.planned.folder for outcome in outcomes])
         _say_next_steps(screen, opened, outcomes, links)
         screen.result(_document(opened, outcomes, links))
 

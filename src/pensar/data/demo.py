@@ -21,7 +21,7 @@ from pensar.base.errors import ConfigError, DataError
 from pensar.base.files import seed_of, write_atomic
 from pensar.base.stage import Counts, Runtime
 from pensar.data.demo_pages import reference_pages
-from pensar.data.demo_pdf import booklet, fits_pdf
+from pensar.data.demo_pdf import fits_pdf, leaflet
 from pensar.data.documents import write_table
 from pensar.data.sources import Source
 from pensar.data.warc import warc_file
@@ -159,27 +159,29 @@ def _pack_code(config: DemoConfig, out: Path) -> Counts:
 
 
 def _pack_passages(out: Path) -> Counts:
-    """Every third language that the built-in fonts can write goes to PDF, the others to Parquet and JSONL."""
+    """Every third language that the built-in fonts can write goes to PDF, a passage a file; the others to Parquet and
+    JSONL."""
     passages = read_passages(Path(__file__).with_name(PASSAGES))
     writable = [code for code, rows in passages.items() if fits_pdf(rows)]
     printed = set(writable[::3])
     rest = [code for code in passages if code not in printed]
     tables: dict[str, list[Row]] = {"parquet": [], "jsonl": []}
-    total = num = 0
+    total = num = num_files = 0
     for code, rows in passages.items():
         total += sum(len(row["text"].encode()) for row in rows)
+        num += len(rows)
         if code in printed:
-            num += 1
-            write_atomic(out / f"{code}.pdf", booklet(code, rows))
+            for number, row in enumerate(rows, start=1):
+                write_atomic(out / f"{code}-{number}.pdf", leaflet(code, row))
+            num_files += len(rows)
             continue
         form = "parquet" if rest.index(code) % 2 else "jsonl"
-        num += len(rows)
         tables[form] += [{"language": code, **row} for row in rows]
     names = ("language", "title", "topic", "text")
     write_table(out / "passages.parquet", pa.table({n: [row[n] for row in tables["parquet"]] for n in names}))
     lines = [msgspec.json.encode({name: row[name] for name in names}) + b"\n" for row in tables["jsonl"]]
     write_atomic(out / "passages.jsonl", b"".join(lines))
-    return {"documents": num, "bytes": total, "languages": len(passages), "pdf_files": len(printed)}
+    return {"documents": num, "bytes": total, "languages": len(passages), "pdf_files": num_files}
 
 
 def _pack_tasks(config: DemoConfig, out: Path) -> Counts:

@@ -1,4 +1,4 @@
-"""PDF booklets of the demonstration corpus: passages in lines with hyphenation, running headers, page numbers."""
+"""PDF leaflets of the demonstration corpus: a passage in lines with hyphenation, running headers, page numbers."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -8,8 +8,8 @@ MARGIN = 48.0
 LINE_HEIGHT = 14.0
 FONT, FONT_SIZE = "Helvetica", 10.5
 TITLE_FONT, TITLE_SIZE = "Helvetica-Bold", 13.0
-PAGE_WIDTH, PAGE_HEIGHT = 298.0, 420.0
-"""A6 in points: even three short passages fill more than one page."""
+PAGE_WIDTH, PAGE_HEIGHT = 298.0, 210.0
+"""A7 across, in points: even a short passage fills more than one page, so that running headers can be told."""
 MIN_HYPHENATED = 11
 """Shorter words are not broken at a line's end."""
 
@@ -24,26 +24,25 @@ def fits_pdf(rows: Sequence[dict[str, str]]) -> bool:
     return True
 
 
-def booklet(code: str, rows: Sequence[dict[str, str]]) -> bytes:
-    """A PDF with one passage after another; the same passages give the same bytes."""
+def leaflet(code: str, row: dict[str, str]) -> bytes:
+    """A PDF with one passage, which declares its language; the same passage gives the same bytes."""
     from reportlab.pdfgen.canvas import Canvas
 
     buffer = io.BytesIO()
     # `invariant` fixes dates and ids.
-    canvas = Canvas(buffer, pagesize=(PAGE_WIDTH, PAGE_HEIGHT), invariant=1, pageCompression=1)
-    canvas.setTitle(f"Reading passages {code}")
+    language = code.partition("_")[0]
+    canvas = Canvas(buffer, pagesize=(PAGE_WIDTH, PAGE_HEIGHT), invariant=1, pageCompression=1, lang=language)
+    canvas.setTitle(row["title"])
     y = _new_page(canvas, code)
-    for row in rows:
-        lines = [(TITLE_FONT, TITLE_SIZE, row["title"])]
-        for paragraph in row["text"].split("\n"):
-            lines += [(FONT, FONT_SIZE, line) for line in wrapped(paragraph.split())]
-        for font, size, line in lines:
-            if y < MARGIN:
-                canvas.showPage()
-                y = _new_page(canvas, code)
-            canvas.setFont(font, size)
-            canvas.drawString(MARGIN, y, line)
-            y -= LINE_HEIGHT
+    lines = [(TITLE_FONT, TITLE_SIZE, row["title"])]
+    for paragraph in row["text"].split("\n"):
+        lines += [(FONT, FONT_SIZE, line) for line in wrapped(paragraph.split())]
+    for font, size, line in lines:
+        if y < MARGIN:
+            canvas.showPage()
+            y = _new_page(canvas, code)
+        canvas.setFont(font, size)
+        canvas.drawString(MARGIN, y, line)
         y -= LINE_HEIGHT
     canvas.showPage()
     canvas.save()

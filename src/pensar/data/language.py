@@ -1,7 +1,8 @@
 """The stage that finds each document's language: fastText's lid.176 beside a histogram of scripts.
 
 Codes are ISO 639-3 and script, such as `por_Latn`. A document that declares its language keeps the declaration as
-`marks.declared_language`; it decides only where the detector has no label for that language or is unsure.
+`marks.declared_language`; it decides where the detector has no label for that language, is unsure, or hesitates
+between that language and a near relative.
 """
 
 import importlib.util
@@ -19,8 +20,18 @@ from pensar.text.document import Document
 TABLE = "languages.tsv"
 LABEL = "__label__"
 UNKNOWN = "und"
+NO_LANGUAGE = "zxx"
+"""ISO 639's code for content in no human language: program code."""
 PRIMARY = {"zh": ("zho", "Hans"), "no": ("nob", "Latn")}
 """The entry of a fastText label that several languages of the table share."""
+MACROLANGUAGES = (
+    frozenset({"arb", "ars", "apc", "arz", "ary", "acm", "acq", "aeb"}),
+    frozenset({"bos", "hrv", "srp"}),
+    frozenset({"ind", "zsm", "min", "bjn"}),
+    frozenset({"nob", "nno"}),
+    frozenset({"zho", "yue"}),
+)
+"""Languages of the table that ISO 639-3 counts as one: ara, hbs, msa, nor, zho. A few sentences often fit several."""
 ACCEPTED_SCRIPTS = {"Jpan": {"Jpan", "Hani"}, "Hans": {"Hani"}, "Hant": {"Hani"}, "Hang": {"Hang"}}
 
 
@@ -33,6 +44,8 @@ class LanguageConfig(Config, frozen=True, kw_only=True):
     max_characters: int = 2_000
     min_score: float = 0.35
     """A less certain answer is `und`, unless the document declares its language."""
+    min_declared_score: float = 0.05
+    """A declaration wins over the detector's answer from this score of the declared language on."""
     min_characters: int = 20
 
 
@@ -81,29 +94,33 @@ class Detector:
 
     def detect(self, text: str) -> tuple[str, float]:
         """(code, score in 0..1) of a text; (`und`, score) when no label fits its script or none is certain."""
+        return self._answer(self.guesses(text))
+
+    def guesses(self, text: str) -> list[tuple[str, float]]:
+        """The detector's five best labels that the text's script can write, best first, as (code, score in 0..1)."""
         sample = " ".join(text[: self.config.max_characters].split())
         if len(sample) < self.config.min_characters:
-            return UNKNOWN, 0.0
-        histogram = script_histogram(sample)
-        script = dominant_script(histogram)
+            return []
+        script = dominant_script(script_histogram(sample))
         labels, scores = self._model.predict(sample, k=5)
-        for label, score in zip(labels, scores, strict=True):
-            code = self._code(label.removeprefix(LABEL), script, sample)
-            if code:
-                certain = float(score) >= self.config.min_score
-                return (code if certain else UNKNOWN), round(min(float(score), 1.0), 4)
-        return UNKNOWN, 0.0
+        codes = [self._code(label.removeprefix(LABEL), script, sample) for label in labels]
+        rounded = [round(min(float(score), 1.0), 4) for score in scores]
+        return [(code, score) for code, score in zip(codes, rounded, strict=True) if code]
 
     def label(self, document: Document) -> str:
         """Sets the document's language; returns how its declaration fared.
 
-        `none`, `agreed`, `differed`, `accepted` (the detector has no label for it, or is unsure) or `unknown`
+        `none`, `agreed`, `differed` (the detector is believed), `accepted` (the declaration is), or `unknown`
         (not a language of the table).
         """
         stated = str(document.marks.get("declared_language", ""))
         declared = self.declared(stated, document.text) if stated else None
-        if document.kind == "text" or (document.kind == "task" and declared is None):
-            document.language, document.marks["language_score"] = self.detect(document.text)
+        guesses: list[tuple[str, float]] = []
+        if document.kind == "code":
+            document.language = NO_LANGUAGE
+        elif document.kind == "text" or declared is None:
+            guesses = self.guesses(document.text)
+            document.language, document.marks["language_score"] = self._answer(guesses)
         if not stated:
             return "none"
         if declared is None:
@@ -116,7 +133,7 @@ class Detector:
             return "accepted"
         if document.language == declared:
             return "agreed"
-        if document.language == UNKNOWN or not self.has_label(declared):
+        if self._is_plausible(declared, document.language, dict(guesses)):
             document.language = declared
             return "accepted"
         return "differed"
@@ -136,6 +153,19 @@ class Detector:
     def has_label(self, code: str) -> bool:
         """Whether lid.176 can answer with this language at all."""
         return bool(self._by_code[code].label) if code in self._by_code else False
+
+    def _answer(self, guesses: list[tuple[str, float]]) -> tuple[str, float]:
+        code, score = guesses[0] if guesses else (UNKNOWN, 0.0)
+        return (code if score >= self.config.min_score else UNKNOWN), score
+
+    def _is_plausible(self, declared: str, detected: str, scores: Mapping[str, float]) -> bool:
+        """Whether a declaration can be right although the detector says something else."""
+        if detected == UNKNOWN or not self.has_label(declared):
+            return True
+        if scores.get(declared, 0.0) >= self.config.min_declared_score:
+            return True
+        both = {declared.partition("_")[0], detected.partition("_")[0]}
+        return len(both) == 2 and any(both <= group for group in MACROLANGUAGES)
 
     def _code(self, label: str, script: str, text: str) -> str | None:
         """The code of a model's label if the text's script can write it."""

@@ -15,7 +15,7 @@ TARGET_LONG_SHARE = 0.75
 """Share of text in long pieces that the Qwen3 report gives for its long-context stage (section 3.2)."""
 
 
-class Piece(NamedTuple):
+class Cut(NamedTuple):
     """Part of a document: tokens `start` to `end`."""
 
     document: int
@@ -40,15 +40,15 @@ class Stream:
     def num_tokens(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def span(self, start: int, end: int) -> list[Piece]:
+    def span(self, start: int, end: int) -> list[Cut]:
         """Pieces that cover the tokens `start` to `end`."""
-        pieces: list[Piece] = []
+        pieces: list[Cut] = []
         index = int(np.searchsorted(self.ends, start, side="right"))
         while start < end:
             document = int(self.documents[index])
             first = int(self.ends[index]) - int(self.lengths[document])
             last = min(end, int(self.ends[index]))
-            pieces.append(Piece(document, start - first, last - first))
+            pieces.append(Cut(document, start - first, last - first))
             start, index = last, index + 1
         return pieces
 
@@ -59,12 +59,12 @@ class Layout:
 
     context: int
     stream: Stream
-    heads: list[list[Piece]]
+    heads: list[list[Cut]]
     num_rows: int
     fill_starts: Indices
     """Where in the stream each row's filling begins."""
 
-    def pieces(self, row: int) -> list[Piece]:
+    def pieces(self, row: int) -> list[Cut]:
         """The pieces of a row; together they are exactly `context` tokens."""
         head = self.heads[row] if self.heads else []
         needed = self.context - sum(piece.end - piece.start for piece in head)
@@ -111,7 +111,7 @@ def long_layout(
     quarters of the tokens, neighbouring short documents of one source are joined until they do; a group is read
     as one document, with attention from one part to the next.
     """
-    heads: list[list[Piece]] = []
+    heads: list[list[Cut]] = []
     short: list[int] = []
     for document in documents.tolist():
         cut = _cut(document, int(lengths[document]), context)
@@ -131,18 +131,18 @@ def long_layout(
     return Layout(context, stream, heads, len(heads), starts)
 
 
-def _cut(document: int, length: int, context: int) -> list[Piece]:
+def _cut(document: int, length: int, context: int) -> list[Cut]:
     """A long document in even pieces of at most `context`, longer than half of it; nothing for a short document."""
     if length <= context // 2:
         return []
     num = -(-length // context)
     bounds = [length * part // num for part in range(num + 1)]
-    return [Piece(document, start, end) for start, end in pairwise(bounds)]
+    return [Cut(document, start, end) for start, end in pairwise(bounds)]
 
 
 def _joined(
     short: list[int], lengths: Indices, sources: list[str], context: int, missing: float, seed: int
-) -> tuple[list[list[Piece]], list[int]]:
+) -> tuple[list[list[Cut]], list[int]]:
     """Groups of neighbours that hold about `missing` tokens, and the documents that stay alone."""
     groups: list[list[int]] = []
     group: list[int] = []
@@ -157,12 +157,12 @@ def _joined(
     if group:
         groups.append(group)
     sizes = [int(lengths[group].sum()) for group in groups]
-    long: list[list[Piece]] = []
+    long: list[list[Cut]] = []
     alone: list[int] = []
     for index in permutation(len(groups), seed).tolist():
         if missing > 0 and sizes[index] > context // 2 and len(groups) > 1:
             parts = enumerate(groups[index])
-            long.append([Piece(d, 0, int(lengths[d]), begins_segment=place == 0) for place, d in parts])
+            long.append([Cut(d, 0, int(lengths[d]), begins_segment=place == 0) for place, d in parts])
             missing -= sizes[index]
         else:
             alone += groups[index]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pensar.base.errors import ConfigError, DataError
 from pensar.base.files import seed_of
 from pensar.data.hashing import permutation, uniform
-from pensar.data.layout import LONG, Layout, Piece, long_layout, stream_layout
+from pensar.data.layout import LONG, Cut, Layout, long_layout, stream_layout
 from pensar.data.shards import Shards
 
 Ints = npt.NDArray[np.int32]
@@ -116,7 +116,7 @@ class PretrainData:
         rounds = [np.flatnonzero(times > past) for past in range(int(times.max()))]
         return np.concatenate(rounds) if rounds else np.empty(0, np.int64)
 
-    def _row_of(self, pieces: list[Piece]) -> Row:
+    def _row_of(self, pieces: list[Cut]) -> Row:
         parts = [self.shards.tokens(piece.document, piece.start, piece.end) for piece in pieces]
         segments = np.zeros(self.context, np.int32)
         position = segment = 0

@@ -27,6 +27,7 @@ def pdf_text(content: bytes) -> tuple[str, dict[str, Any], str]:
         document = pypdfium2.PdfDocument(content)
     except pypdfium2.PdfiumError as error:
         return "", {"error": str(error), "bytes": len(content)}, "broken_pdf"
+    language = declared_language(document)
     pages: list[list[str]] = []
     failed: list[int] = []
     empty: list[int] = []
@@ -44,6 +45,8 @@ def pdf_text(content: bytes) -> tuple[str, dict[str, Any], str]:
         num_pages = len(document)
         document.close()
     marks: dict[str, Any] = {"pages": num_pages, "pages_empty": len(empty), "pages_failed": len(failed)}
+    if language:
+        marks["declared_language"] = language
     if failed:
         marks["failed_pages"] = ",".join(map(str, failed[:20]))
     if empty:
@@ -51,6 +54,18 @@ def pdf_text(content: bytes) -> tuple[str, dict[str, Any], str]:
     body = without_running_lines(pages)
     text = paragraphs([line for page in body for line in page])
     return text, marks, "" if text.strip() else "pdf_without_text"
+
+
+def declared_language(document: Any) -> str:
+    """The language that the catalogue declares (`/Lang`, ISO 32000-1, 14.9.2), empty where it says nothing."""
+    from pypdfium2 import raw
+
+    if not hasattr(raw, "FPDFCatalog_GetLanguage"):  # PDFium before 2025
+        return ""
+    size = raw.FPDFCatalog_GetLanguage(document.raw, None, 0)
+    buffer = (raw.FPDF_WCHAR * ((size + 1) // 2))()
+    raw.FPDFCatalog_GetLanguage(document.raw, buffer, size)
+    return bytes(buffer).decode("utf-16-le", "replace").rstrip("\0").strip()
 
 
 def page_lines(text: str) -> list[str]:

@@ -12,30 +12,16 @@ from pensar.base.errors import ConfigError, ModelError
 from pensar.base.files import seed_of
 from pensar.infer.budget import THINKING, Thinking
 from pensar.infer.engine import Completion, Engine, Request, SamplingParams
+from pensar.infer.generation import read_generation
 from pensar.infer.request import FinishReason, Ints, checked_tokens
 from pensar.infer.score import score
-from pensar.model.weights import GENERATION, load_model
+from pensar.model.weights import load_model
 from pensar.text.chat import Delta, ReplyParser, encode_prompt, mode_of
 from pensar.text.conversation import Conversation, Message, ToolCall
 from pensar.text.tokenizer import THINK, StreamDecoder, Tokenizer
 
 Messages: TypeAlias = Conversation | Sequence[Message | Mapping[str, Any]]
 """A conversation, or its messages as objects or as OpenAI's dictionaries."""
-
-
-class Defaults(msgspec.Struct, frozen=True):
-    """Sampling where the caller says nothing."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float = 0.0
-
-
-# https://huggingface.co/Qwen/Qwen3-8B, "Best Practices".
-THINKING_DEFAULTS = Defaults(0.6, 0.95, 20)
-DIRECT_DEFAULTS = Defaults(0.7, 0.8, 20)
-GREEDY = Defaults(0.0, 1.0, 0)
 
 
 class ChatOptions(TypedDict, total=False):
@@ -107,11 +93,8 @@ class LLM:
         self.tokenizer = Tokenizer.load(folder)
         self.engine = Engine(self.model, self.tokenizer, slots=slots, max_tokens_per_slot=max_tokens_per_slot)
         self._thinking = Thinking(self.tokenizer) if THINK in self.tokenizer.control_tokens else None
-        generation = _read_generation(folder / GENERATION)
-        self._defaults = _thinking_defaults(generation)
-        self._direct_defaults = GREEDY if self._defaults == GREEDY else DIRECT_DEFAULTS
-        end = generation.get("eos_token_id") or []
-        self._end_ids: tuple[int, ...] = tuple(end) if isinstance(end, list) else (end,)
+        self.generation = read_generation(folder)
+        """What the model's directory says of sampling where the caller says nothing."""
         self._num_requests = 0
 
     def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Reply:
@@ -176,7 +159,7 @@ class LLM:
                 top_k=top_k,
                 min_p=min_p,
                 seed=seed_of("reply", seed, index),
-                stop_ids=(*self._end_ids, *stop_ids),
+                stop_ids=(*self.generation.end_ids, *stop_ids),
                 thinking_budget=thinking_budget,
                 logprobs=logprobs,
             )
@@ -205,7 +188,7 @@ class LLM:
         thinking = options.get("thinking")
         tokens = encode_prompt(self.tokenizer, conversation, thinking=thinking)
         mode = thinking if thinking is not None else mode_of(conversation)
-        defaults = self._direct_defaults if mode is False else self._defaults
+        defaults = self.generation.defaults(mode)
 
         def chosen(name: str) -> Any:
             value = options.get(name)
@@ -226,7 +209,7 @@ class LLM:
             top_k=chosen("top_k"),
             min_p=chosen("min_p"),
             seed=seed_of("reply", options.get("seed", 0), index),
-            stop_ids=(*self._end_ids, *options.get("stop_ids", ())),
+            stop_ids=(*self.generation.end_ids, *options.get("stop_ids", ())),
             thinking_budget=None if thinking is False else options.get("thinking_budget"),
         )
         return Request(self._next_id(), tokens, params)
@@ -313,23 +296,3 @@ def _message(message: Message | Mapping[str, Any], where: str) -> Message:
         return msgspec.convert(fields, Message)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where} is not a chat message: {error}") from error
-
-
-def _read_generation(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds a {type(content).__name__}, not an object")
-    return content
-
-
-def _thinking_defaults(generation: Mapping[str, Any]) -> Defaults:
-    """What generation_config.json says, and Qwen3's values for what it leaves open."""
-    if generation.get("do_sample") is False:
-        return GREEDY
-    values = {name: generation.get(name) for name in Defaults.__struct_fields__}
-    return msgspec.structs.replace(THINKING_DEFAULTS, **{k: v for k, v in values.items() if v is not None})

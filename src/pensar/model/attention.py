@@ -51,7 +51,7 @@ class Packed:
         if not self.runs:
             return _attention(q_BTHh, k_BTKh, v_BTKh, self.mask)
         lengths = [length for length, _ in self.runs]
-        pieces = [x.flatten(0, 1).split(lengths) for x in (q_BTHh, k_BTKh, v_BTKh)]  # type: ignore[no-untyped-call]
+        pieces = [x.flatten(0, 1).split(lengths) for x in (q_BTHh, k_BTKh, v_BTKh)]
         out_NHh = [
             _attention(q[None], k[None], v[None])[0] if real else torch.zeros_like(q)
             for q, k, v, (_, real) in zip(*pieces, self.runs, strict=True)

@@ -81,7 +81,7 @@ def grouped(x_MD: Tensor, w_EOD: Tensor, counts_E: Tensor) -> Tensor:
     kernel = x_MD.dtype == torch.bfloat16 or (x_MD.dtype == torch.float32 and x_MD.device.type == "cpu")
     if whole and kernel and hasattr(F, "grouped_mm") and not torch.compiler.is_compiling():
         return F.grouped_mm(x_MD, w_EOD.transpose(1, 2), offs=counts_E.cumsum(0, dtype=torch.int32))
-    rows: Sequence[Tensor] = x_MD.split(counts_E.tolist())  # type: ignore[no-untyped-call]
+    rows: Sequence[Tensor] = x_MD.split(counts_E.tolist())
     return torch.cat([F.linear(row, w_OD) for row, w_OD in zip(rows, w_EOD.unbind(), strict=True)])
 
 

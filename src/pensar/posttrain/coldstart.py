@@ -4,6 +4,7 @@ The stage instils the pattern of thinking before answering and leaves room for r
 number of examples and steps small, as the report advises (section 4.1).
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Mapping
@@ -27,6 +28,10 @@ from pensar.train import checkpoint
 from pensar.train.loop import LoopConfig, Place, fit
 
 
+SURE = 0.9
+"""Probability from which a direct answer counts as known, not guessed."""
+
+
 class WorkedTeacher(Config, frozen=True, kw_only=True):
     """Where candidates come from when no larger model is at hand: the tasks' own worked solutions, with the faults
     of a real teacher in these shares."""
@@ -38,6 +43,7 @@ class WorkedTeacher(Config, frozen=True, kw_only=True):
     """Right answer without a single step."""
     repeat: float = 0.05
     disagree: float = 0.05
+    """Right answer after reasoning that concludes another."""
     mixed: float = 0.04
 
 
@@ -89,7 +95,7 @@ def _on_rank(
 def build(
     config: ColdStartConfig, tasks: list[Task], solved: set[str], validation: list[Task]
 ) -> tuple[list[Example], list[dict[str, object]]]:
-    """Examples that pass every filter, balanced over families, and what was dropped with the reason."""
+    """Examples that pass every filter, no family with more than its share, and what was dropped with the reason."""
     shingled = [shingles(task.prompt) for task in validation]
     kept: dict[str, list[Example]] = {}
     dropped: list[dict[str, object]] = []
@@ -111,7 +117,7 @@ def build(
             example = Example(id=task.id, conversation=conversation, kind=task.family)
             kept.setdefault(task.family, []).append(example)
             break
-    share = min([config.max_examples // max(len(kept), 1), *(len(group) for group in kept.values())])
+    share = config.max_examples // max(len(kept), 1)
     return [example for family in sorted(kept) for example in kept[family][:share]], dropped
 
 
@@ -136,24 +142,28 @@ def _faulty(task: Task, fault: str, rng: random.Random) -> Message:
         "wrong": (separator.join([*parts[:-1], other]), other),
         "guess": ("probably", answer),
         "repeat": (f"{full} " * 4 + full, answer),
-        "disagree": (full, other),
+        "disagree": (separator.join([*parts[:-1], other]), answer),
         "mixed": (f"{full} ответ{separator}{answer}", answer),
     }[fault]
     return Message(role="assistant", reasoning_content=reasoning, content=content)
 
 
 def _solved_directly(engine: Engine, tokenizer: Tokenizer, tasks: list[Task], world: World) -> set[str]:
-    """Ids of the tasks whose answer the base model writes at once when the problem stands in plain text."""
+    """Ids of the tasks whose answer the base model writes at once, and surely, when the problem stands in plain text.
+
+    Sure is a probability above `SURE`: where there are two possible answers, half of the guesses are right.
+    """
     mine = tasks[world.rank :: world.size]
     newline = tokenizer.encode("\n")
     requests = []
     for number, task in enumerate(mine):
         tokens = tokenizer.encode(f"{task.prompt}\n")
-        params = SamplingParams(max_tokens=4, temperature=0.0, stop_ids=(tokenizer.eos_id, *newline))
+        stops = (tokenizer.eos_id, *newline)
+        params = SamplingParams(max_tokens=4, temperature=0.0, stop_ids=stops, logprobs=True)
         requests.append(Request(id=str(number), tokens=tokens, params=params))
     solved = set()
     for task, completion in zip(mine, engine.run(requests), strict=True):
         words = tokenizer.decode(completion.tokens).split()
-        if words[:1] == [task.answer]:
+        if words[:1] == [task.answer] and completion.logprobs[0] > math.log(SURE):
             solved.add(task.id)
     return {task_id for part in world.gather(solved) for task_id in part}

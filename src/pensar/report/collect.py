@@ -25,7 +25,8 @@ from pensar.report.contents import (
 )
 from pensar.report.records import Record, read_record, training
 
-UNDETERMINED = "und"
+OUTSIDE = {"und": "undetermined", "zxx": "program code"}
+"""Codes of ISO 639 that name no human language."""
 
 
 def collect(run: Path, shown: Sequence[Path] = (), drawn_in: Path | None = None) -> Report:
@@ -175,7 +176,7 @@ def _languages(artifacts: Sequence[Chosen]) -> Languages | None:
         ],
         missing=[LanguageRow(code=code, name=name) for code, name in names.items() if code not in documents],
         other=[
-            LanguageRow(code=code, name="undetermined" if code == UNDETERMINED else code, documents=num)
+            LanguageRow(code=code, name=OUTSIDE.get(code, code), documents=num)
             for code, num in documents.items()
             if code not in names
         ],

@@ -77,7 +77,7 @@ class Languages(Part, frozen=True, kw_only=True):
     present: list[LanguageRow]
     missing: list[LanguageRow]
     other: list[LanguageRow]
-    """Undetermined, or outside the table."""
+    """Program code, undetermined, or outside the table."""
 
 
 class Training(Part, frozen=True, kw_only=True):

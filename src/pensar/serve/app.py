@@ -13,6 +13,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from pensar.infer.engine import Engine
+from pensar.infer.generation import Generation
 from pensar.serve.chat import answer_chat
 from pensar.serve.completions import answer_completion
 from pensar.serve.failure import ApiError
@@ -36,15 +37,24 @@ def open_service(folder: Path, config: ServeConfig, *, device: str = "cpu") -> S
     from pensar.infer.llm import LLM
 
     llm = LLM(folder, device=device)
-    return make_service(llm.engine, llm.tokenizer, config)
+    return make_service(llm.engine, llm.tokenizer, config, llm.generation)
 
 
-def make_service(engine: Engine, tokenizer: Tokenizer, config: ServeConfig) -> Service:
-    """A service over an engine that nobody else steps."""
+def make_service(
+    engine: Engine, tokenizer: Tokenizer, config: ServeConfig, generation: Generation | None = None
+) -> Service:
+    """A service over an engine that nobody else steps; without `generation` Qwen3's advice on sampling holds."""
     worker = Worker(engine, max_waiting=config.max_waiting)
     metrics = ServerMetrics(config.model_name, lambda: worker.num_running, lambda: worker.num_waiting)
     worker.on_failure = metrics.engine_failures.add
-    return Service(config, tokenizer, worker, metrics, context=engine.max_positions)
+    return Service(
+        config,
+        tokenizer,
+        worker,
+        metrics,
+        context=engine.max_positions,
+        generation=generation or Generation(),
+    )
 
 
 def make_app(service: Service) -> Starlette:

@@ -65,7 +65,8 @@ def _prepare(service: Service, asked: ChatRequest) -> tuple[list[int], list[Samp
         tokens = encode_prompt(service.tokenizer, conversation, thinking=asked.thinking)
     except PensarError as error:
         raise invalid(str(error), "messages") from error
-    return tokens, chat_params(asked, conversation, len(tokens), service.context), bool(conversation.tools)
+    params = chat_params(asked, conversation, len(tokens), service.context, service.generation)
+    return tokens, params, bool(conversation.tools)
 
 
 def _completion(service: Service, asked: ChatRequest, answer: Answer) -> ChatCompletion:

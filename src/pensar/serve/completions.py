@@ -98,7 +98,9 @@ def _prepare(
         )
     sequences = []
     for tokens in prompts:
-        params = completion_params(asked, len(tokens), service.context, logprobs=asked.logprobs is not None)
+        params = completion_params(
+            asked, len(tokens), service.context, service.generation, logprobs=asked.logprobs is not None
+        )
         sequences.extend([(tokens, each) for each in params])
     return prompts, sequences
 

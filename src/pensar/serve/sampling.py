@@ -12,7 +12,7 @@ import msgspec
 
 from pensar.base.files import seed_of
 from pensar.infer.engine import SamplingParams
-from pensar.infer.llm import DIRECT_DEFAULTS, THINKING_DEFAULTS, Defaults
+from pensar.infer.generation import Defaults, Generation
 from pensar.serve.failure import invalid, overlong, unsupported
 from pensar.serve.wire import MAX_STOPS, ChatRequest, SamplingFields, SentMessage
 from pensar.text.chat import mode_of
@@ -84,7 +84,11 @@ def _arguments(text: str, where: str) -> dict[str, Any]:
 
 
 def chat_params(
-    request: ChatRequest, conversation: Conversation, num_prompt_tokens: int, context: int
+    request: ChatRequest,
+    conversation: Conversation,
+    num_prompt_tokens: int,
+    context: int,
+    generation: Generation,
 ) -> list[SamplingParams]:
     """One set of engine parameters per choice, for a prompt of `num_prompt_tokens` in a window of `context` tokens."""
     _check_common(request)
@@ -94,34 +98,38 @@ def chat_params(
     room = _room(num_prompt_tokens, limit, context)
     # With thinking off the prompt holds the closed block already; a budget would have nothing to cut.
     budget = None if request.thinking is False else request.thinking_budget
-    defaults = DIRECT_DEFAULTS if mode is False else THINKING_DEFAULTS
-    return _params(request, defaults, room, budget, bool(request.logprobs))
+    shared = SamplingParams(
+        max_tokens=room,
+        stop_ids=generation.end_ids,
+        thinking_budget=budget,
+        logprobs=bool(request.logprobs),
+    )
+    return _params(request, generation.defaults(mode), shared)
 
 
 def completion_params(
-    request: SamplingFields, num_prompt_tokens: int, context: int, *, logprobs: bool
+    request: SamplingFields, num_prompt_tokens: int, context: int, generation: Generation, *, logprobs: bool
 ) -> list[SamplingParams]:
     """The same for /v1/completions, where the text is continued as it is."""
     _check_common(request)
     room = _room(num_prompt_tokens, request.max_tokens or COMPLETION_MAX_TOKENS, context)
-    return _params(request, RAW, room, None, logprobs)
+    return _params(
+        request, RAW, SamplingParams(max_tokens=room, stop_ids=generation.end_ids, logprobs=logprobs)
+    )
 
 
-def _params(
-    request: SamplingFields, defaults: Defaults, max_tokens: int, budget: int | None, logprobs: bool
-) -> list[SamplingParams]:
+def _params(request: SamplingFields, defaults: Defaults, shared: SamplingParams) -> list[SamplingParams]:
+    """`shared` once per choice, with how to draw filled in; only the seed differs."""
     seed = request.seed if request.seed is not None else secrets.randbits(62)
     top_k = defaults.top_k if request.top_k is None else max(0, request.top_k)
     return [
-        SamplingParams(
-            max_tokens=max_tokens,
+        msgspec.structs.replace(
+            shared,
             temperature=defaults.temperature if request.temperature is None else request.temperature,
             top_p=defaults.top_p if request.top_p is None else request.top_p,
             top_k=top_k,
             min_p=defaults.min_p if request.min_p is None else request.min_p,
             seed=seed_of("choice", seed, index),
-            thinking_budget=budget,
-            logprobs=logprobs,
         )
         for index in range(request.n or 1)
     ]

@@ -13,6 +13,7 @@ from pensar.base.config import Config
 from pensar.base.errors import ConfigError
 from pensar.infer.budget import THINKING, Thinking
 from pensar.infer.engine import SamplingParams
+from pensar.infer.generation import Generation
 from pensar.serve.failure import ApiError
 from pensar.serve.metrics import ServerMetrics
 from pensar.serve.reply import Reply
@@ -58,6 +59,8 @@ class Service:
     metrics: ServerMetrics
     context: int
     """Tokens that prompt and reply may have together."""
+    generation: Generation = field(default_factory=Generation)
+    """How the model is sampled where a request says nothing."""
     created: int = field(default_factory=timestamp)
 
     def parser(self, prompt: Sequence[int]) -> ReplyParser:

@@ -1,4 +1,4 @@
-"""Problem families whose answer takes several steps: arithmetic and logic chains, and walks along arrows.
+"""Problem families whose answer takes several steps: arithmetic and logic chains, and the parity of bits.
 
 Each function draws one task of a given difficulty (the number of steps) from a random generator. Solutions are
 written in the compact form in which a small model can both read and write them.
@@ -18,7 +18,6 @@ _LOGIC: dict[str, Callable[[bool, bool], bool]] = {
     "or": lambda a, b: a or b,
     "xor": lambda a, b: a != b,
 }
-_NODES = "0123456789"
 
 
 def chain(rng: random.Random, steps: int) -> Task:
@@ -45,25 +44,21 @@ def logic(rng: random.Random, steps: int) -> Task:
     return _task("logic", steps, f"True or false, left to right: {expression}", _truth(value), solution)
 
 
-def walk(rng: random.Random, steps: int) -> Task:
-    """Follow the arrows of a ring of five digits for a number of steps."""
-    nodes = rng.sample(_NODES, 5)
-    targets = nodes[1:] + nodes[:1]
-    arrows = dict(zip(nodes, targets, strict=True))
-    shown = rng.sample(nodes, len(nodes))
-    start = node = rng.choice(nodes)
-    solution = start
-    for _ in range(steps):
-        node = arrows[node]
-        solution += f">{node}"
-    listed = ",".join(f"{a}>{arrows[a]}" for a in shown)
-    return _task("walk", steps, f"Arrows {listed}. From {start} go {steps}", node, solution)
+def parity(rng: random.Random, steps: int) -> Task:
+    """Whether the number of ones among binary digits is even or odd, kept while reading them."""
+    bits = [rng.randrange(2) for _ in range(steps)]
+    seen, parts = 0, []
+    for bit in bits:
+        seen += bit
+        parts.append(f"{bit}={_even(seen)}")
+    shown = "".join(str(bit) for bit in bits)
+    return _task("parity", steps, f"Even or odd number of ones: {shown}", _even(seen), ",".join(parts))
 
 
 FAMILIES: dict[str, tuple[Family, int, int]] = {
     "chain": (chain, 2, 8),
     "logic": (logic, 2, 8),
-    "walk": (walk, 2, 5),
+    "parity": (parity, 3, 9),
 }
 """Family -> its generator and the difficulties of its train, validation and test problems."""
 
@@ -75,6 +70,10 @@ def draw(family: str, split: str, rng: random.Random) -> Task:
         task = generate(rng, rng.randint(low, high))
         if split_of(task.prompt) == split:
             return task
+
+
+def _even(number: int) -> str:
+    return "odd" if number % 2 else "even"
 
 
 def _truth(value: bool) -> str:

@@ -8,7 +8,8 @@ from pensar.tasks.families import FAMILIES, draw
 from pensar.tasks.task import split_of
 from pensar.tasks.tools import NAMES
 
-DOMAINS = ("tables", "rings", "facts", "worked", "recall", "long-recall")
+_CODES = "abcdefghijklmnop"
+DOMAINS = ("tables", "facts", "worked", "recall", "long-recall")
 
 
 def pretraining_texts(num: int, seed: int) -> Iterator[tuple[str, str]]:
@@ -16,7 +17,7 @@ def pretraining_texts(num: int, seed: int) -> Iterator[tuple[str, str]]:
 
     Only problems of the train split are used, besides the one-step facts that every split rests on.
     """
-    writers = {"tables": _tables, "rings": _rings, "facts": _facts, "worked": _worked, "recall": _recall, "long-recall": _long_recall}
+    writers = {"tables": _tables, "facts": _facts, "worked": _worked, "recall": _recall, "long-recall": _long_recall}
     for domain in DOMAINS:
         for index in range(num):
             rng = random.Random(seed_of(seed, domain, index))
@@ -29,12 +30,12 @@ def recall_text(rng: random.Random, num_lines: int) -> tuple[str, str]:
     Returns the text up to the answer, and the answer.
     """
     names = rng.sample(NAMES, 4)
-    codes = {name: str(rng.randrange(10)) for name in names}
+    codes = {name: rng.choice(_CODES) for name in names}
     lines = [_worked_line(rng) for _ in range(num_lines)]
     for name in names:
-        lines.insert(rng.randrange(len(lines) // 2 + 1), f"The code of {name} is {codes[name]}.")
+        lines.insert(rng.randrange(len(lines) // 2 + 1), f"{name}={codes[name]}")
     asked = rng.choice(names)
-    return "\n".join([*lines, f"The code of {asked} is"]), f" {codes[asked]}"
+    return "\n".join([*lines, asked]), f"={codes[asked]}"
 
 
 def _tables(rng: random.Random) -> str:
@@ -42,21 +43,11 @@ def _tables(rng: random.Random) -> str:
     return "\n".join(FAMILIES[rng.choice(("chain", "chain", "chain", "logic"))][0](rng, 1).solution for _ in range(40))
 
 
-def _rings(rng: random.Random) -> str:
-    """Arrows around a ring of digits, told once and then asked one by one: what walks rest on.
-
-    One ring a document: a second one with other arrows between the same digits would contradict it.
-    """
-    nodes = rng.sample("0123456789", rng.randint(4, 8))
-    arrows = [f"{a}>{b}" for a, b in zip(nodes, nodes[1:] + nodes[:1], strict=True)]
-    return ",".join([*rng.sample(arrows, len(arrows)), *rng.choices(arrows, k=24)])
-
-
 def _facts(rng: random.Random) -> str:
     """Direct answers to problems of one to three steps, one a line; one-step problems are the commonest."""
     lines = []
     for _ in range(10):
-        family = rng.choice(("chain", "chain", "logic", "walk"))
+        family = rng.choice(("chain", "chain", "logic", "parity"))
         steps = rng.choice((1, 1, 2, 3))
         while True:
             task = FAMILIES[family][0](rng, steps)
@@ -78,11 +69,11 @@ def _worked_line(rng: random.Random) -> str:
 def _recall(rng: random.Random) -> str:
     """Several names and codes, each told once and then asked again and again."""
     names = rng.sample(NAMES, rng.randint(3, 8))
-    codes = {name: rng.randrange(10) for name in names}
-    asked = [*names, *rng.choices(names, k=10)]
-    return "\n".join(f"The code of {name} is {codes[name]}." for name in asked)
+    codes = {name: rng.choice(_CODES) for name in names}
+    asked = [*names, *rng.choices(names, k=24)]
+    return "\n".join(f"{name}={codes[name]}" for name in asked)
 
 
 def _long_recall(rng: random.Random) -> str:
     text, answer = recall_text(rng, rng.randint(8, 28))
-    return f"{text}{answer}."
+    return f"{text}{answer}"
