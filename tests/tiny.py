@@ -45,6 +45,14 @@ SPARSE: dict[str, Any] = {
     "intermediate_size": 0,
 }
 
+PREAMBLE = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with "
+    "function signatures within <tools></tools> XML tags:\n<tools>\n</tools>\n\nFor each function call, return a "
+    "json object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
+"""What the chat format says of tools, to be learnt as few tokens."""
+
 
 def tiny_model(seed: int = 0, **changes: Any) -> Qwen3:
     """An initialised model in training mode; `**SPARSE` makes it a mixture of experts."""
@@ -59,10 +67,7 @@ def tiny_tokenizer(vocab_size: int = 480) -> Tokenizer:
         json.dumps(LOOKUP),
         "Last digit, left to right: 3+4*5-6 /think /no_think",
         "True or false, left to right: T and F or T xor F. Arrows 1>2,3>4. From 1 go 3",
-        "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with "
-        "function signatures within <tools></tools> XML tags:\n<tools>\n</tools>\n\nFor each function call, return a "
-        "json object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
-        '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>',
+        PREAMBLE,
         "user assistant system What is the code of amber? lookup amber code 42",
     ]
     return train_tokenizer(texts * 8, vocab_size)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -63,7 +64,7 @@ def test_nothing_and_junk_and_an_echo_score_zero_and_never_raise(kind: str) -> N
 @every_kind
 def test_the_gold_of_another_item_scores_zero(kind: str) -> None:
     tasks = tasks_of(kind)
-    for task, other in zip(tasks, tasks[1:], strict=False):
+    for task, other in pairwise(tasks):
         if task.verifier == "mode":
             unlike = task.thinking != other.thinking
         else:

@@ -1,5 +1,7 @@
 """Muon against the singular value decomposition, AdamW where it belongs, and the schedules by hand."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -113,7 +115,7 @@ def test_warm_up_stable_decay_by_hand() -> None:
     assert rates[80:83] == pytest.approx([0.96, 0.91, 0.86])
     assert rates[89] == pytest.approx(0.51)
     assert rates[99] == pytest.approx(0.01)
-    assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[5:]))
 
 
 def test_a_stage_that_goes_on_starts_and_ends_where_it_is_told() -> None:

@@ -27,7 +27,6 @@ from pensar.text.tokenizer import Tokenizer
 from pensar.train import checkpoint
 from pensar.train.loop import LoopConfig, Place, fit
 
-
 SURE = 0.9
 """Probability from which a direct answer counts as known, not guessed."""
 
