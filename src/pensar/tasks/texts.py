@@ -17,7 +17,13 @@ def pretraining_texts(num: int, seed: int) -> Iterator[tuple[str, str]]:
 
     Only problems of the train split are used, besides the one-step facts that every split rests on.
     """
-    writers = {"tables": _tables, "facts": _facts, "worked": _worked, "recall": _recall, "long-recall": _long_recall}
+    writers = {
+        "tables": _tables,
+        "facts": _facts,
+        "worked": _worked,
+        "recall": _recall,
+        "long-recall": _long_recall,
+    }
     for domain in DOMAINS:
         for index in range(num):
             rng = random.Random(seed_of(seed, domain, index))
@@ -40,7 +46,9 @@ def recall_text(rng: random.Random, num_lines: int) -> tuple[str, str]:
 
 def _tables(rng: random.Random) -> str:
     """One-step facts in their shortest form, such as `7+4=1`, a line each."""
-    return "\n".join(FAMILIES[rng.choice(("chain", "chain", "chain", "logic"))][0](rng, 1).solution for _ in range(40))
+    return "\n".join(
+        FAMILIES[rng.choice(("chain", "chain", "chain", "logic"))][0](rng, 1).solution for _ in range(40)
+    )
 
 
 def _facts(rng: random.Random) -> str:
