@@ -182,7 +182,9 @@ def _training_stages(recipe: Recipe) -> list[Stage]:
             _seeded(plan.long, recipe),
             corpus | {"model": "pretrain-reasoning"},
         ),
-        Stage("cold-start", coldstart.run, _seeded(recipe.cold_start, recipe), _on("pretrain-long")),
+        Stage(
+            "cold-start", coldstart.run, _seeded(recipe.cold_start, recipe), _on("pretrain-long"), revision=2
+        ),
         Stage("reasoning-rl", grpo.run, _seeded(recipe.reasoning_rl, recipe), _on("cold-start")),
         Stage("fusion", fusion.run, _seeded(recipe.fusion, recipe), _on("reasoning-rl")),
         Stage("general-rl", grpo.run, _seeded(recipe.general_rl, recipe), _on("fusion")),

@@ -289,8 +289,8 @@ def test_on_policy_distillation_killed_and_taken_up_ends_in_the_same_bytes(
 def test_the_student_comes_nearer_to_the_teacher(
     school: Path, guesses: Path, tmp_path: Path, runtime: MakeRuntime
 ) -> None:
-    """The start is the teacher after a few steps in a wrong direction."""
-    away = ColdStartConfig(steps=3, batch_size=4, drop_solved_directly=False)
+    """The start is the teacher after some steps in a wrong direction."""
+    away = ColdStartConfig(steps=12, batch_size=4, drop_solved_directly=False)
     noise = tmp_path / "noise"
     distilled(coldstart.run, away, {"model": school, "tasks": guesses}, noise, runtime("noise"))
     config = on_policy_config(steps=6, prompts=6)

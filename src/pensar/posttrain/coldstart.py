@@ -6,6 +6,7 @@ number of examples and steps small, as the report advises (section 4.1).
 
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -137,7 +138,7 @@ def _faulty(task: Task, fault: str, rng: random.Random) -> Message:
     parts = full.split(separator)
     other = rng.choice([c for c in "0123456789TFabcdefgh" if c != answer])
     reasoning, content = {
-        "hasty": (separator.join([*parts[: max(1, len(parts) // 3)], answer]), answer),
+        "hasty": (hasty(full, answer), answer),
         "wrong": (separator.join([*parts[:-1], other]), other),
         "guess": ("probably", answer),
         "repeat": (f"{full} " * 4 + full, answer),
@@ -145,6 +146,13 @@ def _faulty(task: Task, fault: str, rng: random.Random) -> Message:
         "mixed": (f"{full} ответ{separator}{answer}", answer),
     }[fault]
     return Message(role="assistant", reasoning_content=reasoning, content=content)
+
+
+def hasty(solution: str, answer: str) -> str:
+    """The first third of the steps, at least one and each of them right, and a leap to the answer."""
+    ends = [match.end() for match in re.finditer(r"=\w+", solution)]
+    kept = solution[: ends[max(1, len(ends) // 3) - 1]] if ends else solution
+    return f"{kept}...={answer}"
 
 
 def _solved_directly(engine: Engine, tokenizer: Tokenizer, tasks: list[Task], world: World) -> set[str]:

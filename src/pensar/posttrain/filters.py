@@ -39,7 +39,7 @@ def objection(
 
 def steps_of(reasoning: str) -> list[str]:
     """The results that the reasoning arrives at one after another: what follows each `=` or `>`."""
-    return re.findall(r"[=>]\s*([^\s=>]+?)(?=[=>,\s+*-]|$)", reasoning)
+    return re.findall(r"[=>]\s*([^\s=>]+?)(?=[=>,.\s+*-]|$)", reasoning)
 
 
 def repeats(reasoning: str) -> int:
