@@ -1,4 +1,4 @@
-"""What each stage of a recipe will cost: tokens, floating-point operations, memory and time, before anything runs."""
+"""What each training stage of a recipe will cost: tokens, operations, memory and time, before anything runs."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ from pensar.posttrain.fusion import FusionConfig
 from pensar.posttrain.grpo import GrpoConfig
 from pensar.train.pretrain import PretrainConfig
 
-TRAIN_FLOPS = 3.0e10
-"""Operations a second and process in training small models, measured on one core of a 2-core x86 server."""
-DRAW_TOKENS = 8_000.0
-"""Tokens a second and process that the engine draws from a model of a million parameters on such a core."""
+TRAIN_FLOPS_PER_SECOND = 3.0e10
+"""Of each process in training small models, measured on one core of a 2-core x86 server."""
+DRAW_TOKENS_PER_SECOND = 8_000.0
+"""Of each process: what the engine draws from a model of a million parameters on such a core."""
 PROCESS_BYTES = 450 << 20
 """Memory of a process before any model: the interpreter and its libraries."""
 REPLY_TOKENS = 60
@@ -25,7 +25,7 @@ BYTES_A_PARAMETER = 20
 """Weights, gradients, two moments and the flat buffer of the gradients' sum, in float32."""
 
 
-class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+class StageCost(msgspec.Struct, frozen=True, kw_only=True):
     """A stage's expected cost over all processes; seconds by the clock."""
 
     tokens: float = 0.0
@@ -34,17 +34,16 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
 
 
-def estimate(stages: Sequence[Stage], vocab_size: int, ranks: int) -> dict[str, Estimate]:
-    """Estimates of the stages that train, by name; a stage's model is found by following its inputs."""
+def estimate(stages: Sequence[Stage], vocab_size: int, ranks: int) -> dict[str, StageCost]:
+    """The expected cost of each stage that trains, by name; a stage's model is found by following its inputs."""
     models: dict[str, ModelConfig] = {}
-    found: dict[str, Estimate] = {}
+    found: dict[str, StageCost] = {}
     for stage in stages:
         config = stage.config
         model = models.get(stage.inputs.get("model", ""))
         if isinstance(config, PretrainConfig):
             if config.shape is not None:
-                shape = msgspec.structs.asdict(config.shape)
-                model = ModelConfig(vocab_size=vocab_size, **shape)
+                model = config.shape.model(vocab_size)
             if model is not None:
                 found[stage.name] = _training(
                     model, config.tokens, config.context, config.batch_tokens, 0, ranks
@@ -66,7 +65,7 @@ def estimate(stages: Sequence[Stage], vocab_size: int, ranks: int) -> dict[str, 
 
 def _training(
     model: ModelConfig, tokens: int, context: int, batch_tokens: int, drawn: int, ranks: int
-) -> Estimate:
+) -> StageCost:
     total = parameters(model).total
     learning = tokens * flops_per_token(model, context)
     drawing = drawn * forward_flops_per_token(model, context)
@@ -74,5 +73,5 @@ def _training(
     activations = share * (model.num_layers * 34 * model.hidden_size + 3 * model.vocab_size) * 4
     cache = 256 * 128 * kv_bytes_per_token(model, 4) if drawn else 0
     memory = ranks * (PROCESS_BYTES + BYTES_A_PARAMETER * total + activations + cache)
-    seconds = learning / TRAIN_FLOPS / ranks + drawn / (DRAW_TOKENS * 1e6 / total) / ranks
-    return Estimate(tokens=tokens + drawn, flops=learning + drawing, memory_bytes=memory, seconds=seconds)
+    seconds = (learning / TRAIN_FLOPS_PER_SECOND + drawn / (DRAW_TOKENS_PER_SECOND * 1e6 / total)) / ranks
+    return StageCost(tokens=tokens + drawn, flops=learning + drawing, memory_bytes=memory, seconds=seconds)

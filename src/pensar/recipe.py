@@ -32,7 +32,7 @@ from pensar.data.language import LanguageConfig
 from pensar.data.mixture import MixtureConfig
 from pensar.data.sources import Source, SourcesConfig
 from pensar.data.vocabulary import VocabularyConfig
-from pensar.estimates import Estimate, estimate
+from pensar.estimates import StageCost, estimate
 from pensar.evaluate import suite
 from pensar.posttrain import coldstart, distill, fusion, grpo
 from pensar.posttrain.coldstart import ColdStartConfig
@@ -162,7 +162,7 @@ def _data_stages(recipe: Recipe) -> list[Stage]:
     if data.sources:
         return steps
     python = msgspec.structs.replace(recipe.demo, python=platform.python_version())
-    return [Stage("demo", demo.run, python, revision=2), *steps]
+    return [Stage("demo", demo.run, python, revision=3), *steps]
 
 
 def _training_stages(recipe: Recipe) -> list[Stage]:
@@ -238,6 +238,6 @@ def _seeded(config: Any, recipe: Recipe) -> Any:
     return msgspec.structs.replace(config, seed=recipe.seed)
 
 
-def estimates(recipe: Recipe) -> dict[str, Estimate]:
+def estimates(recipe: Recipe) -> dict[str, StageCost]:
     """Expected cost of each training stage."""
     return estimate(stages(recipe), recipe.tokenizer.size, recipe.runtime.ranks)

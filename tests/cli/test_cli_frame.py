@@ -10,7 +10,7 @@ import pytest
 
 import pensar
 from pensar.cli import VERBS, main
-from pensar.cli.screen import bytes_text, counts_text, number_text, seconds_text
+from pensar.cli.screen import counts_text
 
 HEAVY = ("torch", "numpy", "pyarrow", "tokenizers", "transformers", "yaml", "msgspec", "jinja2")
 
@@ -146,6 +146,13 @@ def test_bench_measures_a_real_model(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(result["decode_tokens_per_second"] >= 0 for result in results)
 
 
+def test_a_mistyped_verb_is_sent_to_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shw", "data"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "see: pensar --help"
+    assert main(["show", "--verfy", "data"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "see: pensar show --help"
+
+
 @pytest.mark.parametrize(
     ("verb", "goes_on"), [("run", True), ("train", True), ("chat", False), ("serve", False)]
 )
@@ -160,16 +167,6 @@ def test_only_a_run_goes_on_after_ctrl_c(
     assert ("goes on from here" in capsys.readouterr().err) == goes_on
 
 
-def test_amounts_read_well() -> None:
-    assert [seconds_text(value) for value in (0.04, 59.9, 245, 7800)] == [
-        "0.0 s",
-        "59.9 s",
-        "4 min 05 s",
-        "2 h 10 min",
-    ]
-    assert [bytes_text(value) for value in (0, 1023, 1536, 200 * 2**20, 2**40)] == [
-        "0 B", "1023 B", "1.5 KiB", "200 MiB", "1.0 TiB",
-    ]  # fmt: skip
-    assert [number_text(value) for value in (0, 999, 1.2e6, 3.4e12)] == ["0", "999", "1.2 M", "3.4 T"]
+def test_counts_are_shown_by_their_plain_values() -> None:
     counts = {"kept": 1234, "share": 0.51234, "by": {"a": 1}, "empty": None, "name": "x"}
     assert counts_text(counts) == "kept 1,234, share 0.5123, name x"

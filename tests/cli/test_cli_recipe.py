@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +14,7 @@ import pensar
 from pensar.base.config import Config
 from pensar.base.config import load as load_config
 from pensar.cli import main
+from pensar.estimates import StageCost
 
 WORK = Path(__file__).parent.parent / "base"
 Call = Callable[..., tuple[int, str, str]]
@@ -33,14 +33,6 @@ class SmallRecipe(Config):
     adopt: dict[str, Path] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Cost:
-    tokens: float = 0
-    flops: float = 0
-    memory_bytes: float = 0
-    seconds: float = 0
-
-
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe file, and the module that gives its stages."""
@@ -53,7 +45,10 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "stages": lambda small: pipeline_work.stages(
             small.source, train=pipeline_work.TrainConfig(lr=small.lr)
         ),
-        "estimates": lambda _: {"train": Cost(1.2e6, 3.4e12, 2**21, 75.0), "shards": Cost(seconds=5.0)},
+        "estimates": lambda _: {
+            "train": StageCost(tokens=1.2e6, flops=3.4e12, memory_bytes=2**21, seconds=75.0),
+            "shards": StageCost(seconds=5.0),
+        },
         "GROUPS": {"data": ["demo", "source", "shards"], "tokenizer": ["other"], "train": ["train"]},
         "LINKS": {"model": "train"},
     }
@@ -119,14 +114,14 @@ def test_plan_says_why_and_what_it_will_cost(recipe: Path, call: Call) -> None:
     assert code == 0
     assert (
         out.splitlines()[-1]
-        == "to do: 4 of 4 stages, 1.2 M tokens, 3.4 T FLOPs, 2.0 MiB at most, about 1 min 20 s"
+        == "to do: 4 of 4 stages, 1.20M tokens, 3.40T FLOPs, 2.0 MiB at most, about 1 min 20 s"
     )
     assert not Path("runs").exists(), "planning leaves nothing behind"
     call("run", recipe)
     code, out, _ = call("plan", recipe, "--set", "lr=0.001")
     lines = out.splitlines()
     assert lines[1].split() == ["source", "done"]
-    assert lines[4].split() == "train stale 1.2 M 3.4 T 2.0 MiB 1 min 15 s lr: 0.003 -> 0.001".split()
+    assert lines[4].split() == "train stale 1.20M 3.40T 2.0 MiB 1 min 15 s lr: 0.003 -> 0.001".split()
     _, out, _ = call("plan", recipe, "--json", "--from", "other")
     document = json.loads(out)
     assert [stage["status"] for stage in document["stages"]] == ["done", "done", "stale", "stale"]
@@ -214,6 +209,8 @@ def test_adopted_stages_are_named(recipe: Path, call: Call, tmp_path: Path) -> N
         (("report", "runs/small"), 1, "error: runs/small holds no artifact"),
         (("eval", "gone"), 1, "error: gone is no folder"),
         (("bench", "gone", "--repeats", "0"), 2, "error: --repeats is 0; give at least 1"),
+        (("bench", "gone", "--threads", "-1"), 2, "error: --threads is -1; give at least 1"),
+        (("chat", "gone", "--temperature", "inf"), 2, "error: --temperature inf cannot be used; give a finite"),
         (("run",), 2, "error: "),
         (("run", "small.yaml", "--untl", "x"), 2, "error: "),
         (("runn", "small.yaml"), 2, "error: "),

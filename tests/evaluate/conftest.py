@@ -1,29 +1,16 @@
-"""A taught model in a folder, problem sets of every kind, and held-out text."""
+"""Problem sets with a few problems of every kind, and held-out text."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pensar.base.stage import Runtime
-from pensar.tasks.problems import ProblemsConfig, run
-from tiny import save, taught, write_shards
+from tiny import taught, write_shards
 
 
 @pytest.fixture(scope="session")
-def school(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model directory of the taught model."""
-    model, tokenizer = taught()
-    return save(model, tokenizer, tmp_path_factory.mktemp("evaluated") / "model")
-
-
-@pytest.fixture(scope="session")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("evaluated-sets")
-    config = ProblemsConfig(
-        cold_start=2, reinforcement=2, general=2, validation=4, evaluation=12, recall_lines=2
-    )
-    run(config, {}, folder, Runtime(logs=folder.with_name("evaluated-logs")))
-    return folder
+def sets(make_sets: Callable[..., Path]) -> Path:
+    return make_sets(cold_start=2, reinforcement=2, general=2, validation=4, evaluation=12, recall_lines=2)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
 """Initial weights: a function of seed, name and shape, and of nothing else."""
 
+import numpy as np
 import pytest
 import torch
 
+from pensar.model.config import ModelConfig
 from pensar.model.qwen3 import Qwen3, initialize
 
 
@@ -56,3 +58,43 @@ def test_parameters_and_seeds_differ_from_each_other(shape):
     name = "model.layers.{}.self_attn.q_proj.weight".format
     assert not torch.equal(first[name(0)], first[name(1)])
     assert not torch.equal(first[name(0)], other[name(0)])
+
+
+def test_heads_that_look_back_put_most_of_their_weight_on_the_token_before() -> None:
+    config = ModelConfig(
+        vocab_size=200,
+        hidden_size=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        intermediate_size=96,
+        rope_theta=10_000.0,
+        max_positions=64,
+        initializer_range=0.08,
+    )
+    tokens = torch.randint(0, 200, (1, 24), generator=torch.Generator().manual_seed(0))
+
+    def on_the_token_before(previous_token_heads: bool) -> np.ndarray:
+        """Mean weight of each head of the first layer on the position before, by the formula of attention."""
+        model = Qwen3(config)
+        initialize(model, 3, previous_token_heads=previous_token_heads)
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            seen.append((q, k))
+            return torch.zeros_like(q)
+
+        with torch.no_grad():
+            model(tokens, torch.arange(24)[None], attend)
+        q, k = (part[0].double().numpy() for part in seen[0])
+        scores = np.einsum("ihd,jhd->hij", q, np.repeat(k, 2, axis=1)) / 32**0.5
+        scores = np.where(np.tril(np.ones((24, 24), bool)), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return np.array([np.mean([head[i, i - 1] for i in range(1, 24)]) for head in weights])
+
+    plain, looking_back = on_the_token_before(False), on_the_token_before(True)
+    assert (looking_back[[0, 2]] > 0.35).all()
+    assert (np.delete(looking_back, [0, 2]) < 0.3).all()
+    assert (plain < 0.3).all()

@@ -1,4 +1,4 @@
-"""A taught model in a folder, and problem sets small enough for it."""
+"""Problem sets small enough for the taught model."""
 
 from collections.abc import Callable
 from itertools import product
@@ -8,27 +8,12 @@ import pytest
 
 from pensar.base.files import write_jsonl
 from pensar.base.stage import Runtime
-from pensar.tasks.problems import ProblemsConfig, run
 from pensar.tasks.task import Task, task_id
-from tiny import save, taught
 
 
 @pytest.fixture(scope="session")
-def school(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model directory of the taught model."""
-    model, tokenizer = taught()
-    return save(model, tokenizer, tmp_path_factory.mktemp("school") / "model")
-
-
-@pytest.fixture(scope="session")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Problem sets of every kind."""
-    folder = tmp_path_factory.mktemp("sets")
-    config = ProblemsConfig(
-        cold_start=60, reinforcement=16, general=16, validation=6, evaluation=6, recall_lines=2
-    )
-    run(config, {}, folder, Runtime(logs=folder.with_name("sets-logs")))
-    return folder
+def sets(make_sets: Callable[..., Path]) -> Path:
+    return make_sets(cold_start=60, reinforcement=16, general=16, validation=6, evaluation=6, recall_lines=2)
 
 
 @pytest.fixture

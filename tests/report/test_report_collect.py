@@ -179,8 +179,17 @@ def test_results_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     path = next(run.glob("evaluate-*")) / "results.json"
     path.write_text('{"stage_table": [{"benchmark": "reasoning"}]}')
     with pytest.raises(
-        DataError, match=r"results\.json does not hold the evaluation's results .*stage_table"
+        DataError,
+        match=r"results\.json does not hold the evaluation's results .*stage_table.*--from evaluate",
     ):
+        collect(run)
+
+
+def test_a_record_that_cannot_be_read_is_named_with_its_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny", until="pretrain-general")
+    path = next(run.glob("pretrain-general-*")) / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n{"step"\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a row of a record"):
         collect(run)
 
 

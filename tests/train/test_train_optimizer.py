@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pensar.base.errors import RunError
+from pensar.base.ranks import World
 from pensar.train.optimizer import Optimizer, OptimizerConfig, orthogonalize
 from pensar.train.schedule import ScheduleConfig, rate
 from tiny import SPARSE, tiny_model
@@ -48,7 +49,7 @@ def test_muon_moves_block_matrices_along_the_orthogonalised_momentum_and_adamw_t
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
         parameter.grad = noise.clone()
         gradients[name] = noise
-    norm = optimizer.step(0.5)
+    norm = optimizer.step(0.5, World())
     assert norm == pytest.approx(sum(float((g**2).sum()) for g in gradients.values()) ** 0.5, rel=1e-5)
     for name, parameter in model.named_parameters():
         change = parameter.detach() - before[name]
@@ -71,7 +72,7 @@ def test_everything_goes_to_adamw_when_muon_is_off_and_norms_never_decay() -> No
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step(1.0)
+    optimizer.step(1.0, World())
     for name, parameter in model.named_parameters():
         shrunk = before[name] * (1 - 0.01 * 0.1) if parameter.dim() >= 2 else before[name]
         torch.testing.assert_close(parameter.detach(), shrunk)
@@ -85,8 +86,8 @@ def test_gradients_are_clipped_to_the_norm() -> None:
     for parameter, other in zip(a.parameters(), b.parameters(), strict=True):
         parameter.grad = torch.full_like(parameter, 50.0)
         other.grad = torch.full_like(other, 1 / size)
-    assert first.step(1.0) == pytest.approx(50 * size, rel=1e-4)
-    assert second.step(1.0) == pytest.approx(1.0, rel=1e-4)
+    assert first.step(1.0, World()) == pytest.approx(50 * size, rel=1e-4)
+    assert second.step(1.0, World()) == pytest.approx(1.0, rel=1e-4)
     for parameter, other in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, rtol=1e-4, atol=1e-6)
 
@@ -100,7 +101,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_anything_changes(value:
         parameter.grad = torch.ones_like(parameter)
     next(model.parameters()).grad[0, 0] = value  # type: ignore[index]
     with pytest.raises(RunError, match=r"gradient's norm is (nan|inf); lower the learning rate"):
-        optimizer.step(1.0)
+        optimizer.step(1.0, World())
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 

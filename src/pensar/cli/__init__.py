@@ -1,7 +1,7 @@
 """The command line: one verb per user's intention, each loaded only when it is called.
 
-Exit codes: 0 done, 1 failed work, 2 wrong use. `--json` prints one JSON document on standard output, also for an
-error: {"error": {"kind": ..., "message": ...}}.
+Exit codes: 0 done, 1 failed work, 2 wrong use, 130 interrupted. `--json` prints one JSON document on standard output,
+also for an error: {"error": {"kind": ..., "message": ...}}.
 """
 
 import os
@@ -52,7 +52,7 @@ VERBS = {
     ),
     "tokenizer": Verb(
         "pensar.cli.pipeline:tokenizer",
-        "Run the tokenizer stage of a recipe, and what it needs.",
+        "Run the tokenizer and token shard stages of a recipe, and what they need.",
         "pensar tokenizer recipes/tiny.yaml",
         interrupted=RESUMES,
     ),
@@ -122,7 +122,7 @@ def build_app() -> "App":
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code; every error that a user can mend is one line on standard error."""
+    """Runs one verb and returns the exit code; what a user can mend is explained on standard error."""
     from cyclopts import CycloptsError
 
     tokens = list(sys.argv[1:] if arguments is None else arguments)
@@ -165,4 +165,6 @@ def _help_command(tokens: Sequence[str]) -> str:
 
 
 def _verb_of(tokens: Sequence[str]) -> str | None:
-    return next((token for token in tokens if token in VERBS), None)
+    """The verb is the first word that is no flag, if it is one."""
+    first = next((token for token in tokens if not token.startswith("-")), None)
+    return first if first in VERBS else None

@@ -3,10 +3,10 @@
 import statistics
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pensar.base.errors import ConfigError
-from pensar.cli.options import Json, usable_cores
+from pensar.cli.options import Json, ModelFolder, Repeated, usable_cores
 from pensar.cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -17,10 +17,10 @@ HEADER = ("batch", "prompt tokens", "reply tokens", "prefill tokens/s", "decode 
 
 
 def bench(
-    model: Path,
+    model: ModelFolder,
     /,
     *,
-    batch: list[int] | None = None,
+    batch: Annotated[list[int] | None, Repeated] = None,
     prompt_tokens: int = 128,
     reply_tokens: int = 64,
     repeats: int = 3,
@@ -31,8 +31,6 @@ def bench(
 
     Parameters
     ----------
-    model
-        A Qwen3-style Hugging Face directory.
     batch
         Requests at a time; may be given again (1 and 8 by default).
     prompt_tokens
@@ -43,11 +41,11 @@ def bench(
         Measurements of each batch; the median is shown.
     threads
         Threads of torch; all cores by default.
-    json
-        Print one JSON document and nothing else.
     """
     sizes = batch or [1, 8]
-    for name, value in (("batch", min(sizes)), ("prompt-tokens", prompt_tokens), ("repeats", repeats)):
+    threads = usable_cores() if threads is None else threads
+    counts = {"batch": min(sizes), "prompt-tokens": prompt_tokens, "repeats": repeats, "threads": threads}
+    for name, value in counts.items():
         if value < 1:
             raise ConfigError(f"--{name} is {value}; give at least 1")
     if reply_tokens < 2:
@@ -57,7 +55,7 @@ def bench(
     with Screen(json) as screen:
         import torch
 
-        torch.set_num_threads(threads or usable_cores())
+        torch.set_num_threads(threads)
         engine, vocabulary = _open(model, max(sizes), prompt_tokens + reply_tokens)
         _measure(engine, vocabulary, 1, prompt_tokens, 2, "warm")
         results: list[dict[str, Any]] = []
@@ -78,7 +76,7 @@ def bench(
             )
         rows = [[f"{value:,.0f}" for value in result.values()] for result in results]
         screen.table(HEADER, rows, RIGHT)
-        screen.result({"model": str(model), "threads": torch.get_num_threads(), "results": results})
+        screen.result({"model": str(model), "threads": threads, "results": results})
 
 
 def _open(folder: Path, slots: int, tokens: int) -> "tuple[Engine, int]":

@@ -14,7 +14,7 @@ import msgspec
 
 from pensar.base.errors import ConfigError, PensarError
 from pensar.base.files import seed_of
-from pensar.cli.options import Json
+from pensar.cli.options import Flag, ModelFolder
 from pensar.cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ HELP = """\
 /think, /no_think   alone on a line: thinking on or off from now on; inside a message: a wish for this turn
 /budget N           at most N tokens of thinking per answer; /budget off lifts the limit
 /reset              forget the conversation
-/quit               leave (so do Ctrl-D and Ctrl-C)"""
+/quit, /exit        leave (so do Ctrl-D and Ctrl-C)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class SessionOptions:
     thinking: Mode = "auto"
     thinking_budget: int | None = None
     temperature: float | None = None
-    """None for what suits the mode: 0.6 where the model may think, 0.7 where it may not."""
+    """None for what the model's own directory says of the mode."""
     max_tokens: int | None = None
     """Per answer; None for what the context window leaves."""
     seed: int = 0
@@ -58,10 +58,14 @@ class SessionOptions:
             )
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ConfigError(
-                f"--temperature {self.temperature} must be at least 0; 0 takes the likeliest token"
+                f"--temperature {self.temperature} cannot be used; give a finite number from 0 up; "
+                "0 takes the likeliest token"
             )
         if self.max_tokens is not None and self.max_tokens < 1:
-            raise ConfigError(f"--max-tokens {self.max_tokens} must be at least 1")
+            raise ConfigError(
+                f"--max-tokens {self.max_tokens} leaves no room to answer; give at least 1, or leave it out, "
+                "so that only the context limits the answer"
+            )
         if self.seed < 0:
             raise ConfigError(f"--seed {self.seed} is negative; give 0 or more")
 
@@ -149,7 +153,7 @@ class ReplyPrinter:
 
 
 def chat(
-    model: Path,
+    model: ModelFolder,
     /,
     *,
     prompt: str | None = None,
@@ -158,14 +162,12 @@ def chat(
     temperature: float | None = None,
     max_tokens: int | None = None,
     seed: int = 0,
-    json: Json = False,
+    json: Flag = False,
 ) -> None:
     """Talk to a model; thinking and answer stream apart.
 
     Parameters
     ----------
-    model
-        A Qwen3-style Hugging Face directory.
     prompt
         Answer this once instead of opening a conversation.
     thinking
@@ -173,7 +175,7 @@ def chat(
     thinking_budget
         At most this many tokens of thinking per answer.
     temperature
-        0 takes the likeliest token; by default what suits the mode.
+        0 takes the likeliest token; by default what the model's directory says of the mode.
     max_tokens
         Limit of each answer, thinking included; by default what the context leaves.
     seed
@@ -281,7 +283,9 @@ def _say(session: Session, text: str, console: "Console") -> None:
     finally:
         printer.end()
     if reply.finish_reason == "length":
-        _note(console, "cut off at the limit of tokens")
+        full = session.options.max_tokens is None
+        cause = "the context is full" if full else "--max-tokens allows no more"
+        _note(console, f"cut off after {reply.usage.completion_tokens} tokens: {cause}")
     if console.is_terminal:
         seconds = time.monotonic() - started
         usage = reply.usage

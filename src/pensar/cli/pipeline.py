@@ -2,80 +2,63 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from pensar.base.config import nearest
 from pensar.base.errors import ConfigError
 from pensar.base.pipeline import Choice, Outcome, execute, plan
-from pensar.cli.options import Flag, MachineOptions, Opened, RecipeOptions, open_recipe, open_runtime
-from pensar.cli.screen import Screen, bytes_text, columns, counts_text, seconds_text
+from pensar.cli.options import (
+    MachineOptions,
+    Opened,
+    PartOptions,
+    RecipeFile,
+    RecipeOptions,
+    open_recipe,
+    open_runtime,
+)
+from pensar.cli.plan import to_do
+from pensar.cli.screen import Screen, columns, counts_text
+from pensar.report.numbers import duration, size
+from pensar.report.publish import FOLDER as REPORT
 
 WIDTHS = (8, 18, 14, 10, 0)
+"""Fixed, since each line is shown as soon as its stage is done."""
 HEADER = ("", "stage", "time", "memory", "counts")
 RIGHT = (2, 3)
 
 
 def run(
-    recipe: Path,
+    recipe: RecipeFile,
     /,
     *,
-    until: str | None = None,
-    from_: Annotated[str | None, Parameter(name="--from")] = None,
-    verify: Flag = False,
+    part: PartOptions | None = None,
     options: RecipeOptions | None = None,
     machine: MachineOptions | None = None,
 ) -> None:
     """Run a recipe from raw documents to an evaluated model and its report.
 
     Stages that are done are kept; an interrupted run goes on where it stopped.
-
-    Parameters
-    ----------
-    recipe
-        The recipe's YAML file.
-    until
-        Stop after this stage.
-    from_
-        Do this stage and all after it anew, even where they are done.
-    verify
-        Read every file of what is done and compare its digest.
     """
-    options = options or RecipeOptions()
     opened = open_recipe(recipe, options)
-    choice = opened.choice(until=until, from_=from_, verify=verify)
-    _run(opened, choice, options, machine or MachineOptions())
+    _run(opened, opened.choice(part), machine)
 
 
 def data(
-    recipe: Path, /, *, options: RecipeOptions | None = None, machine: MachineOptions | None = None
+    recipe: RecipeFile, /, *, options: RecipeOptions | None = None, machine: MachineOptions | None = None
 ) -> None:
-    """Run the data stages of a recipe: sources, filters, mixture.
-
-    Parameters
-    ----------
-    recipe
-        The recipe's YAML file.
-    """
+    """Run the data stages of a recipe: from the sources to the mixture, and the problem sets."""
     _run_group("data", recipe, options, machine)
 
 
 def tokenizer(
-    recipe: Path, /, *, options: RecipeOptions | None = None, machine: MachineOptions | None = None
+    recipe: RecipeFile, /, *, options: RecipeOptions | None = None, machine: MachineOptions | None = None
 ) -> None:
-    """Run the tokenizer stages of a recipe, and what they need.
-
-    Parameters
-    ----------
-    recipe
-        The recipe's YAML file.
-    """
+    """Run the tokenizer and token shard stages of a recipe, and what they need."""
     _run_group("tokenizer", recipe, options, machine)
 
 
 def train(
-    recipe: Path,
+    recipe: RecipeFile,
     /,
     *,
     stage: str | None = None,
@@ -86,8 +69,6 @@ def train(
 
     Parameters
     ----------
-    recipe
-        The recipe's YAML file.
     stage
         Only this stage, and what it needs.
     """
@@ -103,7 +84,6 @@ def _run_group(
 ) -> None:
     from pensar import recipe as recipes
 
-    options = options or RecipeOptions()
     opened = open_recipe(path, options)
     # A stage can be out of the pipeline, such as the demonstration's where the user has sources.
     present = {item.name for item in opened.stages}
@@ -111,19 +91,17 @@ def _run_group(
     if stage is not None and stage not in names:
         raise ConfigError(f"`{stage}` is no stage of {group}; {nearest(stage, names)}")
     only = tuple(names) if stage is None else (stage,)
-    _run(opened, opened.choice(only=only), options, machine or MachineOptions())
+    _run(opened, opened.choice(only=only), machine)
 
 
-def _run(opened: Opened, choice: Choice, options: RecipeOptions, machine: MachineOptions) -> None:
+def _run(opened: Opened, choice: Choice, machine: MachineOptions | None) -> None:
     from pensar import recipe as recipes
 
     links = recipes.LINKS
     wanted = opened.recipe.runtime
     within = open_runtime(machine, opened.folder, wanted.ranks, wanted.threads)
-    with Screen(options.json) as screen, within as runtime:
-        todo = [
-            item for item in plan(opened.stages, opened.folder, choice) if item.status in ("new", "stale")
-        ]
+    with Screen(opened.options.json) as screen, within as runtime:
+        todo = [item for item in plan(opened.stages, opened.folder, choice) if to_do(item)]
         crew = runtime.crew
         screen.line(
             f"{opened.folder}: stages to do {len(todo)}, processes {crew.ranks}, threads of each {crew.threads}"
@@ -147,17 +125,16 @@ def _run(opened: Opened, choice: Choice, options: RecipeOptions, machine: Machin
 
 
 def _row(outcome: Outcome) -> tuple[str, str, str, str, str]:
-    status = "ran" if outcome.ran else outcome.planned.status
+    status, name = _status(outcome), outcome.planned.name
     if outcome.manifest is None or outcome.planned.status == "adopted":
-        return status, outcome.planned.name, "", "", str(outcome.planned.folder)
+        return status, name, "", "", str(outcome.planned.folder)
     times = outcome.manifest.timings
-    return (
-        status,
-        outcome.planned.name,
-        seconds_text(times.seconds),
-        bytes_text(times.peak_memory_bytes),
-        counts_text(outcome.manifest.counts),
-    )
+    counts = counts_text(outcome.manifest.counts)
+    return status, name, duration(times.seconds), size(times.peak_memory_bytes), counts
+
+
+def _status(outcome: Outcome) -> str:
+    return "ran" if outcome.ran else outcome.planned.status
 
 
 def _say_next_steps(
@@ -165,11 +142,11 @@ def _say_next_steps(
 ) -> None:
     ran = [outcome.manifest for outcome in outcomes if outcome.ran and outcome.manifest]
     spent = sum(manifest.timings.seconds for manifest in ran)
-    screen.line(f"stages run: {len(ran)} in {seconds_text(spent)}; done before: {len(outcomes) - len(ran)}")
+    screen.line(f"stages run: {len(ran)} in {duration(spent)}; done before: {len(outcomes) - len(ran)}")
     steps = []
     if "model" in links and (opened.folder / "model").exists():
         steps += [f"pensar chat {opened.folder / 'model'}", f"pensar serve {opened.folder / 'model'}"]
-    if (opened.folder / "report").exists():
+    if (opened.folder / REPORT).exists():
         steps.append(f"pensar report {opened.folder}")
     screen.line("next:")
     for step in [*steps, f"pensar plan {opened.path}"]:
@@ -183,7 +160,7 @@ def _document(opened: Opened, outcomes: Sequence[Outcome], links: Mapping[str, s
         "stages": [
             {
                 "name": outcome.planned.name,
-                "status": "ran" if outcome.ran else outcome.planned.status,
+                "status": _status(outcome),
                 "fingerprint": outcome.planned.fingerprint,
                 "folder": str(outcome.planned.folder),
                 "counts": outcome.manifest.counts if outcome.manifest else None,
@@ -192,6 +169,6 @@ def _document(opened: Opened, outcomes: Sequence[Outcome], links: Mapping[str, s
             for outcome in outcomes
         ],
         "links": {
-            link: str(opened.folder / link) for link in (*links, "report") if (opened.folder / link).exists()
+            link: str(opened.folder / link) for link in (*links, REPORT) if (opened.folder / link).exists()
         },
     }

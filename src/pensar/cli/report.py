@@ -7,8 +7,13 @@ import msgspec
 
 from pensar.base.errors import DataError
 from pensar.base.manifest import artifacts_in
-from pensar.cli.options import Flag, Json
-from pensar.cli.screen import Screen
+from pensar.cli.options import Flag
+from pensar.cli.screen import Screen, score_cells
+from pensar.report import write, write_report
+from pensar.report.publish import FOLDER, NUMBERS, PAGE
+
+HEADER = ("benchmark", "after stage", "mode", "score", "95% interval", "n")
+RIGHT = (3, 4, 5)
 
 
 def report(
@@ -17,14 +22,14 @@ def report(
     *,
     out: Path | None = None,
     open: Flag = False,  # noqa: A002 - the flag is called --open
-    json: Json = False,
+    json: Flag = False,
 ) -> None:
     """Draw the report of a run as it stands now; show where its page is and the table of scores.
 
     Parameters
     ----------
     run
-        A run's folder.
+        A run's folder. Where it holds no artifacts any more, the report that it holds is shown as it is.
     out
         Draw it into this folder instead of the run's `report`.
     open
@@ -33,33 +38,25 @@ def report(
         Print every number of the report as one JSON document.
     """
     with Screen(json) as screen:
-        folder = out if out is not None else run / "report"
         if out is not None:
-            from pensar.report import write_report
-
-            write_report(run, out)
+            page = write_report(run, out)
         elif artifacts_in(run):
-            from pensar.report import write
-
-            write(run)
-        page = folder / "index.html"
+            page = write(run)
+        else:
+            page = run / FOLDER / PAGE
         if not page.exists():
             raise DataError(
                 f"{run} holds no artifact of a run; run a recipe first, such as `pensar run recipes/tiny.yaml`"
             )
-        document: dict[str, Any] = msgspec.json.decode((folder / "report.json").read_bytes())
-        screen.line(f"{page.resolve().as_uri()}")
-        rows = [_score(row) for row in document.get("stage_table", [])]
-        screen.table(
-            ("benchmark", "after stage", "mode", "score", "95% interval", "n"), rows, right=(3, 4, 5)
-        )
+        document: dict[str, Any] = msgspec.json.decode(page.with_name(NUMBERS).read_bytes())
+        screen.line(page.resolve().as_uri())
+        rows = [
+            (row["benchmark"], row["after_stage"], row["mode"], *score_cells(row))
+            for row in document.get("stage_table", [])
+        ]
+        screen.table(HEADER, rows, RIGHT)
         screen.result(document)
         if open:
             import webbrowser
 
             webbrowser.open(page.resolve().as_uri())
-
-
-def _score(row: dict[str, Any]) -> list[str]:
-    interval = f"{row['low']:.3f} - {row['high']:.3f}"
-    return [row["benchmark"], row["after_stage"], row["mode"], f"{row['score']:.3f}", interval, str(row["n"])]

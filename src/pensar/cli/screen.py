@@ -1,7 +1,7 @@
 """What a verb shows: lines and tables for people, or one JSON document for machines."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from types import TracebackType
 from typing import Any, Self
@@ -68,31 +68,9 @@ def progress_for_terminal(quiet: bool) -> Progress:
     return RichProgress() if sys.stderr.isatty() else LineProgress()
 
 
-def seconds_text(seconds: float) -> str:
-    """3.2 s, 4 min 05 s, 2 h 10 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
-    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
-
-
-def bytes_text(count: float) -> str:
-    """Bytes in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def number_text(count: float) -> str:
-    """Large counts in thousands, millions and so on, four digits at most."""
-    for unit in ("", " k", " M", " G", " T", " P", " E"):
-        if abs(count) < 1000:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.3g} Z"
+def score_cells(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Score, 95% interval and number of trials of a row of the evaluation's scores."""
+    return f"{row['score']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}", str(row["n"])
 
 
 def counts_text(counts: dict[str, Any], limit: int = 4) -> str:
@@ -101,12 +79,11 @@ def counts_text(counts: dict[str, Any], limit: int = 4) -> str:
     for name, value in counts.items():
         if isinstance(value, bool | dict | list) or value is None:
             continue
-        text = (
-            f"{value:,}"
-            if isinstance(value, int)
-            else f"{value:.4g}"
-            if isinstance(value, float)
-            else str(value)
-        )
-        shown.append(f"{name} {text}")
+        shown.append(f"{name} {_value_text(value)}")
     return ", ".join(shown[:limit])
+
+
+def _value_text(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

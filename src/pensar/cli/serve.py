@@ -1,15 +1,15 @@
 """`pensar serve`: an OpenAI-compatible server over one model directory."""
 
 import shlex
-from pathlib import Path
 
 from pensar.base.errors import ConfigError, RunError
+from pensar.cli.options import ModelFolder
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(
-    model: Path,
+    model: ModelFolder,
     /,
     *,
     host: str = "127.0.0.1",
@@ -24,8 +24,6 @@ def serve(
 
     Parameters
     ----------
-    model
-        A Qwen3-style Hugging Face directory.
     host
         Address to listen on; 0.0.0.0 lets other machines in.
     port

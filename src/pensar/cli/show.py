@@ -10,7 +10,8 @@ from pensar.base.files import files_under
 from pensar.base.lineage import ancestors, descendants, open_artifact
 from pensar.base.manifest import Artifact, Manifest, artifacts_in, damage
 from pensar.cli.options import Flag, Json
-from pensar.cli.screen import Screen, bytes_text, counts_text, seconds_text
+from pensar.cli.screen import Screen, counts_text
+from pensar.report.numbers import duration, plural, size
 
 
 def show(path: Path, /, *, verify: Flag = False, json: Json = False) -> None:
@@ -24,8 +25,6 @@ def show(path: Path, /, *, verify: Flag = False, json: Json = False) -> None:
         Folder of an artifact, a link to one, or a run's folder.
     verify
         Compare the digest of every file.
-    json
-        Print one JSON document and nothing else.
     """
     with Screen(json) as screen:
         artifact = open_artifact(path)
@@ -42,13 +41,13 @@ def _show_artifact(screen: Screen, artifact: Artifact, manifest: Manifest, verif
     before, after = ancestors(artifact.folder), descendants(artifact.folder)
     wrong = damage(artifact.folder, manifest, digests=verify)
     times = manifest.timings
-    screen.line(f"{artifact.folder}")
+    screen.line(str(artifact.folder))
     screen.line(f"stage {manifest.stage}, revision {manifest.revision}, fingerprint {manifest.fingerprint}")
     checked = "sizes and digests" if verify else "sizes"
     screen.line(f"files: {f'DAMAGED: {wrong}' if wrong else f'whole ({checked} compared)'}")
     screen.line(
-        f"made {times.finished} in {seconds_text(times.seconds)}, {seconds_text(times.cpu_seconds)} of processor, "
-        f"{bytes_text(times.peak_memory_bytes)} on {times.ranks} processes"
+        f"made {times.finished} in {duration(times.seconds)}, {duration(times.cpu_seconds)} of processor, "
+        f"{size(times.peak_memory_bytes)} on {plural(times.ranks, 'process', 'processes')}"
         + (", resumed" if times.resumed else "")
     )
     screen.line("versions: " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
@@ -59,9 +58,7 @@ def _show_artifact(screen: Screen, artifact: Artifact, manifest: Manifest, verif
         screen.line(f"  {name} (outside, SHA-256 {digest[:12]})")
     _show_lineage(screen, "went into", after)
     screen.line("files:")
-    rows = [
-        (f"  {name}", bytes_text(entry.bytes), entry.sha256[:12]) for name, entry in manifest.files.items()
-    ]
+    rows = [(f"  {name}", size(entry.bytes), entry.sha256[:12]) for name, entry in manifest.files.items()]
     screen.table(("  name", "size", "SHA-256"), rows, right=(1,))
     screen.result(
         {
@@ -81,7 +78,7 @@ def _show_run(screen: Screen, folder: Path, listed: Sequence[Artifact]) -> None:
         assert manifest is not None
         times = manifest.timings
         rows.append(
-            (artifact.name, times.finished[:19], seconds_text(times.seconds), counts_text(manifest.counts))
+            (artifact.name, times.finished[:19], duration(times.seconds), counts_text(manifest.counts))
         )
     screen.table(("artifact", "finished (UTC)", "time", "counts"), rows, right=(2,))
     screen.result({"folder": str(folder), "artifacts": [_reference(item) for item in reversed(listed)]})
@@ -90,15 +87,13 @@ def _show_run(screen: Screen, folder: Path, listed: Sequence[Artifact]) -> None:
 def _show_foreign(screen: Screen, folder: Path) -> None:
     files = files_under(folder)
     if not files:
-        raise DataError(f"{folder} is empty: nothing to show")
+        raise DataError(f"{folder} is empty: nothing to show; give the folder of an artifact or of a run")
     screen.line(
         f"{folder}: no manifest, so it was not made by a run; a recipe can start from it with `adopt`"
     )
-    rows = [(name, bytes_text(path.stat().st_size)) for name, path in files.items()]
-    screen.table(("name", "size"), rows, right=(1,))
-    screen.result(
-        {"folder": str(folder), "manifest": None, "files": {n: p.stat().st_size for n, p in files.items()}}
-    )
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    screen.table(("name", "size"), [(name, size(num)) for name, num in sizes.items()], right=(1,))
+    screen.result({"folder": str(folder), "manifest": None, "files": sizes})
 
 
 def _show_tree(screen: Screen, title: str, tree: dict[str, Any]) -> None:

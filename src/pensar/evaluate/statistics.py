@@ -1,12 +1,15 @@
-"""Estimates with their intervals: shares (Wilson), pass@k (Chen et al., 2021), rank-free and closed-form."""
+"""Estimates with their 95% intervals, in closed form: shares (Wilson), means (normal), pass@k (Chen et al., 2021)."""
 
 import math
 
 import msgspec
 
+Z = 1.959964
+"""The normal distribution holds 95% within so many standard deviations."""
+
 
 class Estimate(msgspec.Struct, frozen=True):
-    """A share with its 95% interval and the number of trials."""
+    """A share or a mean with its 95% interval and the number of trials."""
 
     score: float
     low: float
@@ -15,13 +18,15 @@ class Estimate(msgspec.Struct, frozen=True):
 
 
 def share(successes: float, n: int) -> Estimate:
-    """Wilson's score interval (1927) at 95%: holds for few trials and for shares near zero and one."""
+    """Wilson's score interval (1927) at 95%: holds for few trials and for shares near zero and one.
+
+    Without trials the share may be anything: 0 to 1.
+    """
     if n == 0:
         return Estimate(0.0, 0.0, 1.0, 0)
-    z = 1.959964
     p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
     return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
@@ -40,7 +45,7 @@ def mean(values: list[float], *, bounded: bool = True) -> Estimate:
         return Estimate(0.0, 0.0, 1.0, 0)
     average = sum(values) / n
     variance = sum((value - average) ** 2 for value in values) / max(n - 1, 1)
-    half = 1.959964 * math.sqrt(variance / n)
+    half = Z * math.sqrt(variance / n)
     if not bounded:
         return Estimate(average, average - half, average + half, n)
     return Estimate(average, max(0.0, average - half), min(1.0, average + half), n)

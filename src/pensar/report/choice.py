@@ -9,8 +9,6 @@ from pensar.base.manifest import Manifest, artifacts_in
 
 RESULTS = "results.json"
 """What the evaluation writes; it marks the end of a run."""
-OWN_STAGE = "report"
-"""An earlier report is no part of what a report tells of."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ def choose(run: Path, shown: Sequence[Path] = ()) -> tuple[list[Chosen], list[st
     found = [
         Chosen(artifact.folder, artifact.manifest)
         for artifact in artifacts_in(run)
-        if artifact.manifest is not None and artifact.manifest.stage != OWN_STAGE
+        if artifact.manifest is not None
     ]
     if not found:
         return [], []

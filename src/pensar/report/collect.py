@@ -10,7 +10,7 @@ from pensar.base.attempt import DRAFT_SUFFIX
 from pensar.base.errors import DataError
 from pensar.base.identity import LOGS
 from pensar.base.manifest import FOLDER as FOLDER_NAME
-from pensar.report.choice import OWN_STAGE, RESULTS, Chosen, choose
+from pensar.report.choice import RESULTS, Chosen, choose
 from pensar.report.compare import compared, headline, with_changes
 from pensar.report.contents import (
     Draft,
@@ -29,16 +29,15 @@ OUTSIDE = {"und": "undetermined", "zxx": "program code"}
 """Codes of ISO 639 that name no human language."""
 
 
-def collect(run: Path, shown: Sequence[Path] = (), drawn_in: Path | None = None) -> Report:
-    """The report of a run as far as it has got.
+def collect(run: Path, shown: Sequence[Path] = ()) -> Report:
+    """The report of a run as far as it has got; `shown` are the artifacts that it is about, where the caller knows.
 
-    `shown` are the artifacts that it is about, where the caller knows; `drawn_in` is the folder that is being
-    written, which is left out.
+    Raises DataError when what a stage wrote cannot be read.
     """
     artifacts, left_out = choose(run, shown)
     records = {one.stage: read_record(one.folder, run / LOGS / one.folder.name) for one in artifacts}
     stages = [_stage_row(one, records[one.stage]) for one in artifacts]
-    drafts, draft_trainings = _drafts(run, set(records), drawn_in)
+    drafts, draft_trainings = _drafts(run, set(records))
     trainings = [
         training(stage, record) for stage, record in records.items() if record.rows
     ] + draft_trainings
@@ -89,15 +88,12 @@ def _stage_row(one: Chosen, record: Record) -> StageRow:
     )
 
 
-def _drafts(run: Path, done: set[str], drawn_in: Path | None) -> tuple[list[Draft], list[Training]]:
+def _drafts(run: Path, done: set[str]) -> tuple[list[Draft], list[Training]]:
     """What has begun of the stages that have nothing to show yet."""
     drafts, trainings = [], []
-    own = drawn_in.resolve() if drawn_in is not None else None
     for folder in sorted(run.glob(f"*{DRAFT_SUFFIX}")):
         name = FOLDER_NAME.fullmatch(folder.name.removesuffix(DRAFT_SUFFIX))
-        if name is None or not folder.is_dir() or folder.resolve() == own:
-            continue
-        if name["stage"] in done or name["stage"] == OWN_STAGE:
+        if name is None or not folder.is_dir() or name["stage"] in done:
             continue
         record = read_record(folder, run / LOGS / folder.name.removesuffix(DRAFT_SUFFIX))
         drafts.append(Draft(name=name["stage"], steps=len(record.rows)))
@@ -108,15 +104,16 @@ def _drafts(run: Path, done: set[str], drawn_in: Path | None) -> tuple[list[Draf
 
 def _results(artifacts: Sequence[Chosen]) -> Results | None:
     """What the evaluation wrote; None before there is any."""
-    paths = [one.folder / RESULTS for one in artifacts]
-    path = next((path for path in reversed(paths) if path.is_file()), None)
-    if path is None:
+    evaluation = next((one for one in reversed(artifacts) if (one.folder / RESULTS).is_file()), None)
+    if evaluation is None:
         return None
+    path = evaluation.folder / RESULTS
     try:
         return msgspec.json.decode(path.read_bytes(), type=Results)
     except msgspec.DecodeError as error:
         raise DataError(
-            f"{path} does not hold the evaluation's results ({error}); run the stage `{path.parent.name}` again"
+            f"{path} does not hold the evaluation's results ({error}); "
+            f"make it anew with `pensar run RECIPE --from {evaluation.stage}`"
         ) from None
 
 

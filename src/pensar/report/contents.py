@@ -10,7 +10,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageRow(Part, frozen=True, kw_only=True):
-    """One stage's newest artifact: what it cost and what it came from."""
+    """One stage's artifact: what it cost and what it came from."""
 
     name: str
     folder: str
@@ -148,7 +148,7 @@ class Method(Part, frozen=True, kw_only=True):
     cost_flops: float | None = None
     seconds: float | None = None
     role: str = ""
-    """`start`, `rl` or `on-policy`: what the method is in the comparison."""
+    """What the method is in the comparison: `start`, `rl` or `on-policy`; empty where its name does not tell."""
     samples_ratio: float | None = None
     """Samples, as a multiple of reinforcement learning's."""
     flops_ratio: float | None = None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pensar.report.charts import CHARACTER, Frame, Scale, dot, line, picture, text, ticks
+from pensar.report.contents import Method, Validation
 from pensar.report.html import Markup
 from pensar.report.numbers import percent
 
@@ -29,6 +30,14 @@ class Mark:
 class Row:
     label: str
     marks: tuple[Mark, ...]
+
+
+def pass_at_k(row: Method | Validation) -> list[Mark]:
+    """The chance that one of k samples is right, as a ring; empty where it was not measured."""
+    if row.pass_at_k is None:
+        return []
+    label = f"pass@{row.k}"
+    return [Mark(row.pass_at_k, row.pass_at_k_low, row.pass_at_k_high, hollow=True, label=label)]
 
 
 def interval_chart(

@@ -6,6 +6,7 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 DASH = "–"
 NARROW_SPACE = "\u202f"
 MINUS = "\u2212"
+SHORT = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -50,7 +51,7 @@ def count(number: float) -> str:
 
 def short(number: float) -> str:
     """`12.3K`, `4.1M`; three digits that matter."""
-    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+    for limit, suffix in SHORT:
         if abs(number) >= limit * 0.9995:
             return f"{significant(number / limit)}{suffix}"
     return significant(number)

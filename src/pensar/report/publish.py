@@ -29,14 +29,14 @@ def write(run_folder: Path, shown: Sequence[Path] = ()) -> Path:
 def write_report(run: Path, out: Path, shown: Sequence[Path] = ()) -> Path:
     """Draws the report of a run into `out`; returns the path of the page.
 
-    Raises DataError when `run` is no folder or when what the evaluation wrote cannot be read.
+    Raises DataError when `run` is no folder or when what a stage wrote cannot be read.
     """
     from pensar.report.collect import collect
     from pensar.report.page import render
 
     if not run.is_dir():
         raise DataError(f"{run} is no folder; give the folder of a run, such as runs/tiny")
-    report = collect(run.resolve(), shown, drawn_in=out)
+    report = collect(run.resolve(), shown)
     numbers = msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
     write_atomic(out / NUMBERS, numbers)
     write_atomic(out / PAGE, render(report))

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from pensar.base.errors import DataError
 from pensar.report.contents import Training
 
 MAX_POINTS = 120
@@ -76,8 +77,17 @@ def _mean(points: list[tuple[float, float]]) -> float:
 
 
 def _rows(path: Path) -> list[Row]:
-    """The whole lines of a file that may still be growing."""
+    """The whole lines of a file that may still be growing; DataError for a whole line that is no row."""
     if not path.is_file():
         return []
-    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    return [msgspec.json.decode(line, type=dict[str, Any]) for line in lines]
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            rows.append(msgspec.json.decode(line, type=Row))
+        except msgspec.DecodeError as error:
+            raise DataError(
+                f"{path}:{number}: not a row of a record ({error}); mend or remove the line"
+            ) from None
+    return rows

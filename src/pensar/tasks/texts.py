@@ -35,13 +35,19 @@ def recall_text(rng: random.Random, num_lines: int) -> tuple[str, str]:
 
     Returns the text up to the answer, and the answer.
     """
+    lines, codes = _planted(rng, num_lines)
+    asked = rng.choice(sorted(codes))
+    return "\n".join([*lines, asked]), f"={codes[asked]}"
+
+
+def _planted(rng: random.Random, num_lines: int) -> tuple[list[str], dict[str, str]]:
+    """Worked problems with four names and their codes in the first half of them."""
     names = rng.sample(NAMES, 4)
     codes = {name: rng.choice(_CODES) for name in names}
     lines = [_worked_line(rng) for _ in range(num_lines)]
     for name in names:
         lines.insert(rng.randrange(len(lines) // 2 + 1), f"{name}={codes[name]}")
-    asked = rng.choice(names)
-    return "\n".join([*lines, asked]), f"={codes[asked]}"
+    return lines, codes
 
 
 def _tables(rng: random.Random) -> str:
@@ -75,13 +81,18 @@ def _worked_line(rng: random.Random) -> str:
 
 
 def _recall(rng: random.Random) -> str:
-    """Several names and codes, each told once and then asked again and again."""
+    """Several names and codes, each told once and then asked again and again; at times with problems in between."""
+    if rng.random() < 0.3:
+        return _asked(rng, *_planted(rng, rng.randint(1, 4)), times=24)
     names = rng.sample(NAMES, rng.randint(3, 8))
     codes = {name: rng.choice(_CODES) for name in names}
-    asked = [*names, *rng.choices(names, k=24)]
-    return "\n".join(f"{name}={codes[name]}" for name in asked)
+    return _asked(rng, [f"{name}={codes[name]}" for name in names], codes, times=40)
 
 
 def _long_recall(rng: random.Random) -> str:
-    text, answer = recall_text(rng, rng.randint(8, 28))
-    return f"{text}{answer}"
+    return _asked(rng, *_planted(rng, rng.randint(8, 28)), times=16)
+
+
+def _asked(rng: random.Random, lines: list[str], codes: dict[str, str], times: int) -> str:
+    asked = rng.choices(sorted(codes), k=times)
+    return "\n".join([*lines, *(f"{name}={codes[name]}" for name in asked)])

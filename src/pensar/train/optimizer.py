@@ -17,9 +17,9 @@ from pensar.base.ranks import World
 
 
 class OptimizerConfig(Config, frozen=True, kw_only=True):
-    lr: float = 0.01
-    """Peak learning rate of Muon; its update has the root-mean-square of AdamW's times `muon_scale`."""
-    adamw_lr: float = 0.003
+    lr: float = 0.005
+    """Peak learning rate of Muon; the root-mean-square of its update is 0.2 times this."""
+    adamw_lr: float = 0.001
     """Peak learning rate of embeddings, norms, routers and the output projection; of everything if `muon` is off."""
     muon: bool = True
     momentum: float = 0.95
@@ -64,7 +64,7 @@ class Optimizer:
             fused=True,
         )
 
-    def step(self, scale: float, world: World | None = None) -> float:
+    def step(self, scale: float, world: World) -> float:
         """Clips, updates and clears the gradients; returns the gradient's norm before clipping.
 
         The gradients are the same on every rank of `world`; each rank orthogonalises its share of the matrices.
@@ -80,7 +80,7 @@ class Optimizer:
         self.adamw.step()
         with torch.no_grad():
             for matrices, momentum in zip(self.groups, self.momenta, strict=True):
-                self._muon(matrices, momentum, self.config.lr * scale, world or World())
+                self._muon(matrices, momentum, self.config.lr * scale, world)
         for parameter in self.parameters:
             parameter.grad = None
         return norm

@@ -3,7 +3,7 @@
 from pensar.report.contents import Headline, Report, StageRow
 from pensar.report.html import Markup, element
 from pensar.report.numbers import DASH, count, duration, listing, percent, plural, short, size
-from pensar.report.sections.frame import bar, figure, lead, scrolling, section
+from pensar.report.sections.frame import bar, figure, lead, nothing_yet, scrolling, section
 
 TITLE = "Time and memory"
 LONGEST = 3
@@ -13,7 +13,7 @@ LONGEST = 3
 def costs(report: Report) -> Markup:
     """Every stage with bars for its time and memory."""
     if not report.stages:
-        return section("costs", TITLE, element("p", "Not yet: no stage has finished.", class_="pending"))
+        return section("costs", TITLE, nothing_yet())
     trained = {training.stage for training in report.training}
     said = lead(*_words(report.stages, report.headline))
     return section("costs", TITLE, said, figure(_table(report.stages, trained)))

@@ -79,32 +79,33 @@ def _funnel_words(rows: list[FunnelRow]) -> list[str]:
 
 
 def _stage(row: FunnelRow, widest: int) -> Markup:
-    dropped = sum(row.dropped.values())
-    share = f" ({percent(row.documents_out / row.documents_in)})" if dropped and row.documents_in else ""
+    share = (
+        f" ({percent(row.documents_out / row.documents_in)})"
+        if any(row.dropped.values()) and row.documents_in
+        else ""
+    )
     amounts = f"{count(row.documents_out)}{share}"
     if row.bytes_out:
         amounts += f", {size(row.bytes_out)}"
-    return element(
-        "div",
-        element("b", row.stage),
-        bar(row.documents_out / max(widest, 1), rest=dropped / max(widest, 1)),
-        element("span", amounts, class_="amount"),
-        _reasons(row.dropped),
-        class_="step",
-    )
+    return _step(row.stage, row.documents_out, row.dropped, amounts, widest)
 
 
 def _examples(row: ExamplesRow, widest: int) -> Markup:
-    dropped = sum(row.dropped.values())
     amounts = count(row.examples)
     if row.queries is not None:
         amounts += f" from {plural(row.queries, 'query', 'queries')}"
+    return _step(row.stage, row.examples, row.dropped, amounts, widest)
+
+
+def _step(stage: str, kept: int, dropped: dict[str, int], amounts: str, widest: int) -> Markup:
+    """One step of a funnel: a bar of what is kept, behind it pale what is dropped, and the reasons."""
+    whole = max(widest, 1)
     return element(
         "div",
-        element("b", row.stage),
-        bar(row.examples / max(widest, 1), rest=dropped / max(widest, 1)),
+        element("b", stage),
+        bar(kept / whole, rest=sum(dropped.values()) / whole),
         element("span", amounts, class_="amount"),
-        _reasons(row.dropped),
+        _reasons(dropped),
         class_="step",
     )
 

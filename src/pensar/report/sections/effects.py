@@ -8,7 +8,7 @@ from pensar.report.compare import ON_POLICY, RL, THINKING
 from pensar.report.contents import LongContext, Method, Report
 from pensar.report.curves import budget_chart
 from pensar.report.html import Markup, element
-from pensar.report.intervals import ALONE, Mark, Row, interval_chart
+from pensar.report.intervals import ALONE, Mark, Row, interval_chart, pass_at_k
 from pensar.report.numbers import (
     DASH,
     bare_percent,
@@ -142,20 +142,8 @@ def _estimate(score: float | None, low: float | None, high: float | None) -> str
 
 
 def _method_row(method: Method) -> Row:
-    marks = [Mark(method.pass_at_1, method.pass_at_1_low, method.pass_at_1_high, THINKING, label="pass@1")]
-    if method.pass_at_k is not None:
-        label = f"pass@{method.k}"
-        marks.append(
-            Mark(
-                method.pass_at_k,
-                method.pass_at_k_low,
-                method.pass_at_k_high,
-                "neutral",
-                hollow=True,
-                label=label,
-            )
-        )
-    return Row(method.method, tuple(marks))
+    first = Mark(method.pass_at_1, method.pass_at_1_low, method.pass_at_1_high, THINKING, label="pass@1")
+    return Row(method.method, (first, *pass_at_k(method)))
 
 
 def _long_words(name: str, rows: Sequence[LongContext]) -> str:

@@ -24,6 +24,11 @@ def pending(stage: str, what: str) -> Markup:
     )
 
 
+def nothing_yet() -> Markup:
+    """Says of a part that needs any stage at all that there is none."""
+    return element("p", "Not yet: no stage has finished.", class_="pending")
+
+
 def figure(*children: Child, class_: str = "") -> Markup:
     """A chart or table with what belongs to it."""
     return element("figure", *children, class_=class_ or None)

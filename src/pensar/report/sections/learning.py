@@ -18,7 +18,7 @@ def learning(report: Report) -> Markup:
         return section(
             "training",
             "Training",
-            pending("the first pre-training stage", "the loss of every training stage"),
+            pending("pretrain-general", "the loss of every training stage"),
         )
     chart = responsive(lambda width: loss_chart(trainings, width))
     parts: list[Child] = [lead(*_loss_words(trainings)), figure(chart, _ends(trainings))]

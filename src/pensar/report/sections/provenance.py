@@ -8,17 +8,16 @@ from pensar.report.contents import Report, StageRow
 from pensar.report.html import Child, Markup, element
 from pensar.report.lineage import lineage_chart
 from pensar.report.numbers import plural
-from pensar.report.sections.frame import figure, fold, lead, scrolling, section, table
+from pensar.report.sections.frame import figure, fold, lead, nothing_yet, scrolling, section, table
 
 SHOWN_DIGITS = 12
-NOTHING = element("p", "Not yet: no stage has finished.", class_="pending")
 CONFIGURATION = "Versions and configuration"
 
 
 def lineage(report: Report) -> Markup:
     """The graph, and every artifact with its fingerprint and inputs."""
     if not report.stages:
-        return section("lineage", "Lineage", NOTHING)
+        return section("lineage", "Lineage", nothing_yet())
     folders = {row.folder for row in report.stages}
     adopted = {folder for row in report.stages for folder in row.inputs.values() if folder not in folders}
     said = [
@@ -39,7 +38,7 @@ def lineage(report: Report) -> Markup:
 def versions(report: Report) -> Markup:
     """Versions of what computed the run, and each stage's settings that differ from the defaults."""
     if not report.stages:
-        return section("versions", CONFIGURATION, NOTHING)
+        return section("versions", CONFIGURATION, nothing_yet())
     pairs = [
         element("div", element("dt", name), element("dd", version))
         for name, version in report.versions.items()

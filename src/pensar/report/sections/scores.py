@@ -6,7 +6,7 @@ from pensar.report.charts import responsive
 from pensar.report.compare import NON_THINKING, THINKING
 from pensar.report.contents import Report, StageScore, Validation
 from pensar.report.html import Child, Markup, element
-from pensar.report.intervals import ALONE, Mark, Row, interval_chart
+from pensar.report.intervals import ALONE, Mark, Row, interval_chart, pass_at_k
 from pensar.report.numbers import (
     DASH,
     bare_percent,
@@ -143,15 +143,5 @@ def _validation(rows: Sequence[Validation]) -> list[Child]:
 
 
 def _validation_row(row: Validation) -> Row:
-    marks = [Mark(row.score, row.low, row.high, THINKING, label="accuracy")]
-    if row.pass_at_k is not None:
-        many = Mark(
-            row.pass_at_k,
-            row.pass_at_k_low,
-            row.pass_at_k_high,
-            "neutral",
-            hollow=True,
-            label=f"pass@{row.k}",
-        )
-        marks.append(many)
-    return Row(f"after {row.stage}", tuple(marks))
+    accuracy = Mark(row.score, row.low, row.high, THINKING, label="accuracy")
+    return Row(f"after {row.stage}", (accuracy, *pass_at_k(row)))
