@@ -142,7 +142,7 @@ def _data_stages(recipe: Recipe) -> list[Stage]:
         Stage("language", language.run, data.language, {"documents": "extract"}, revision=2),
         Stage("filter", filters.run, data.filters, {"documents": "language"}),
         Stage("dedup", dedup.run, data.dedup, {"documents": "filter"}),
-        Stage("tasks", problems.run, recipe.tasks, revision=2),
+        Stage("tasks", problems.run, recipe.tasks, revision=3),
         Stage(
             "decontaminate",
             decontaminate.run,
@@ -186,7 +186,7 @@ def _training_stages(recipe: Recipe) -> list[Stage]:
             "cold-start", coldstart.run, _seeded(recipe.cold_start, recipe), _on("pretrain-long"), revision=2
         ),
         Stage("reasoning-rl", grpo.run, _seeded(recipe.reasoning_rl, recipe), _on("cold-start")),
-        Stage("fusion", fusion.run, _seeded(recipe.fusion, recipe), _on("reasoning-rl")),
+        Stage("fusion", fusion.run, _seeded(recipe.fusion, recipe), _on("reasoning-rl"), revision=2),
         Stage("general-rl", grpo.run, _seeded(recipe.general_rl, recipe), _on("fusion")),
     ]
 

@@ -250,3 +250,64 @@ def test_the_schema_describes_every_key() -> None:
     assert set(recipe["properties"]) == {"name", "steps", "clean", "optimizer", "folder", "adopt", "fast"}
     assert recipe["additionalProperties"] is False
     json.dumps(schema)
+
+
+class Learning(Config):
+    queries: str = "reasoning"
+    steps: int = 40
+    optimizer: Optimizer = Optimizer(kind="adamw", lr=5e-4)
+
+
+class Stages(Config):
+    first: Learning = Learning()
+    second: Learning = Learning(queries="general", optimizer=Optimizer(kind="adamw", betas=(0.8, 0.9)))
+    rule: Words | Repetition = Words(min_words=5)
+    named: dict[str, Learning] = msgspec.field(default_factory=lambda: {"a": Learning(steps=1)})
+
+
+def test_what_a_file_leaves_out_of_a_field_comes_from_that_field_s_own_default() -> None:
+    stages = parse("first: {optimizer: {lr: 1.0}}\nsecond: {steps: 9, optimizer: {lr: 0.5}}", Stages)
+    assert stages.first == Learning(optimizer=Optimizer(kind="adamw", lr=1.0))
+    second = Optimizer(kind="adamw", betas=(0.8, 0.9), lr=0.5)
+    assert stages.second == Learning(queries="general", steps=9, optimizer=second)
+    assert convert(canonical(stages), Stages) == stages
+    assert parse("", Stages, overrides=["second.steps=3"]).second.queries == "general"
+
+
+def test_another_member_of_a_union_and_the_items_of_a_mapping_begin_with_their_class_s_defaults() -> None:
+    assert parse("rule: {rule: repetition}", Stages).rule == Repetition()
+    assert parse("rule: {rule: words}", Stages).rule == Words(min_words=5)
+    assert parse("named: {b: {queries: x}}", Stages).named == {"b": Learning(queries="x")}
+
+
+def test_a_file_that_extends_another_changes_what_it_names(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(
+        "name: small\noptimizer: {lr: 0.1, kind: adamw}\nclean: {languages: [a]}\n"
+    )
+    (tmp_path / "large.yaml").write_text(
+        "extends: small.yaml\n\noptimizer: {lr: 0.2}\nclean: {languages: [b, c]}\n"
+    )
+    (tmp_path / "larger.yaml").write_text("extends: large.yaml\nsteps: 7\n")
+    found = load(tmp_path / "larger.yaml", Recipe, ["name=mine"])
+    assert found == Recipe(
+        name="mine",
+        steps=7,
+        optimizer=Optimizer(lr=0.2, kind="adamw"),
+        clean=Clean(languages=["b", "c"]),
+    )
+    (tmp_path / "small.yaml").write_text("optimizer: {lr: fast}\n")
+    (tmp_path / "large.yaml").write_text("extends: small.yaml\n")
+    with pytest.raises(ConfigError, match=r"small\.yaml:1: \$\.optimizer\.lr is 'fast'"):
+        load(tmp_path / "larger.yaml", Recipe)
+
+
+def test_files_that_extend_each_other_or_nothing_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    with pytest.raises(ConfigError, match=r"b\.yaml: no such file, which .*a\.yaml extends"):
+        load(tmp_path / "a.yaml", Recipe)
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(ConfigError, match="take one `extends` out"):
+        load(tmp_path / "a.yaml", Recipe)
+    (tmp_path / "b.yaml").write_text("extends: 3\n")
+    with pytest.raises(ConfigError, match=r"b\.yaml:1: extends is 3"):
+        load(tmp_path / "b.yaml", Recipe)

@@ -19,7 +19,7 @@ from pensar.infer.rollout import RolloutConfig, roll
 from pensar.infer.score import score
 from pensar.model.weights import load_model
 from pensar.posttrain import grpo
-from pensar.posttrain.grpo import GrpoConfig, advantages, keep_rollouts, micro_batches, truncate_rollouts
+from pensar.posttrain.grpo import GrpoConfig, advantages, micro_batches, truncate_rollouts
 from pensar.tasks.task import Task
 from pensar.text.packing import Batch
 from pensar.text.tokenizer import Tokenizer
@@ -193,7 +193,6 @@ def test_queries_are_chosen_by_how_often_they_are_solved(school: Path, guesses: 
 
 
 def test_a_torn_last_line_of_the_rollouts_is_dropped(tmp_path: Path) -> None:
-    keep_rollouts(tmp_path, 0, [])
     (tmp_path / "rollouts.jsonl").write_bytes(b'{"step":0}\n{"step":1}\n{"st')
     truncate_rollouts(tmp_path, 1)
     assert (tmp_path / "rollouts.jsonl").read_bytes() == b'{"step":0}\n'

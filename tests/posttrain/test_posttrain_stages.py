@@ -14,12 +14,14 @@ import pytest
 from pensar.base.errors import DataError
 from pensar.base.files import files_under, read_jsonl
 from pensar.base.stage import Runtime
-from pensar.infer.rollout import Rollout, RolloutConfig
+from pensar.infer.engine import Engine
+from pensar.infer.rollout import Rollout, RolloutConfig, roll
+from pensar.model.weights import load_model
 from pensar.posttrain import coldstart, distill, fusion
 from pensar.posttrain.coldstart import ColdStartConfig, WorkedTeacher
 from pensar.posttrain.distill import OffPolicyConfig, OnPolicyConfig, examples_of
 from pensar.posttrain.examples import Example, encode, in_batches
-from pensar.posttrain.fusion import FusionConfig, Shares, curated_examples, direct_examples
+from pensar.posttrain.fusion import FusionConfig, Shares, curated_examples, direct_examples, interrupted
 from pensar.tasks.families import FAMILIES, draw
 from pensar.tasks.instructions import instruction
 from pensar.tasks.modes import flagged
@@ -27,10 +29,11 @@ from pensar.tasks.problems import held_out, statement, with_mode
 from pensar.tasks.task import Task
 from pensar.tasks.tools import tool_task
 from pensar.tasks.verifiers import Score, gold
-from pensar.text.chat import EMPTY_THINKING, mode_of, render
+from pensar.text.chat import EMPTY_THINKING, encode_stop_sentence, mode_of, render
 from pensar.text.sample import Sample
 from pensar.text.tokenizer import Tokenizer
 from pensar.train import loop
+from pensar.train.optimizer import OptimizerConfig
 from tiny import taught
 
 MakeRuntime = Callable[[str], Runtime]
@@ -155,15 +158,18 @@ def test_non_thinking_examples_have_a_flag_and_an_empty_block(tokenizer: Tokeniz
     tasks = reasoning_tasks(("chain", 30), ("logic", 10))
     examples = direct_examples(FusionConfig(shares=Shares(direct=35)), tasks)
     assert [example.id for example in examples] == [task.id for task in tasks[-35:]]
-    turns = set()
+    turns, flags = set(), 0
     for example, task in zip(examples, tasks[-35:], strict=True):
         assert mode_of(example.conversation) is False
-        assert example.conversation.messages[-2].content.endswith("/no_think")
+        asked = example.conversation.messages[-2].content
+        flags += asked.endswith("/no_think")
+        assert asked.endswith("/no_think") or len(example.conversation.messages) > 2
         text = render(example.conversation)
         assert text.endswith(f"<|im_start|>assistant\n{EMPTY_THINKING}{task.answer}<|im_end|>\n")
         assert learned(tokenizer, example) == f"{EMPTY_THINKING}{task.answer}<|im_end|>"
         turns.add(len(example.conversation.messages))
     assert turns == {2, 4, 6}
+    assert 20 < flags < 35
     assert direct_examples(FusionConfig(shares=Shares(direct=0)), tasks) == []
     assert len(direct_examples(FusionConfig(shares=Shares(direct=99)), tasks)) == 40
 
@@ -203,8 +209,10 @@ def test_fusion_keeps_the_model_s_right_replies_under_flags(
     counts = fusion.run(config, {"model": school, "tasks": guesses}, tmp_path / "fused", runtime("fused"))
     examples = list(read_jsonl(tmp_path / "fused" / "examples.jsonl", Example))
     kinds = Counter(example.kind for example in examples)
-    assert counts["kinds"] == kinds
-    assert counts["examples"] == len(examples)
+    cut = len((tmp_path / "fused" / "interrupted.jsonl").read_text().splitlines())
+    assert cut == kinds["thinking"]
+    assert counts["kinds"] == kinds | {"interrupted": cut}
+    assert counts["examples"] == len(examples) + cut
     assert counts["rejected"] == 12 - kinds["thinking"]
     assert 0 < kinds["thinking"] < 12
     answers = {task.id: task.answer for task in read_jsonl(guesses / "train" / "cold_start.jsonl", Task)}
@@ -215,6 +223,29 @@ def test_fusion_keeps_the_model_s_right_replies_under_flags(
             assert reply.reasoning_content
             assert reply.content.strip() == answers[example.id]
             assert not learned(tokenizer, example).startswith(EMPTY_THINKING)
+
+
+def test_interrupted_reasoning_has_the_tokens_that_a_thinking_budget_leaves(
+    school: Path, guesses: Path, tokenizer: Tokenizer
+) -> None:
+    engine = Engine(load_model(school), Tokenizer.load(school), slots=4)
+    task = with_mode(next(read_jsonl(guesses / "train" / "cold_start.jsonl", Task)), True)
+    greedy = RolloutConfig(temperature=0.0, max_tokens=96)
+    (free,) = roll(engine, tokenizer, [task], greedy, [0])
+    assert free.turns[0].reasoning_content
+    lengths = set()
+    for number in range(12):
+        sample = interrupted(tokenizer, free, random.Random(number))
+        text = tokenizer.decode([int(token) for token in sample.tokens])
+        budget = sum(sample.ce == 0) - free.sampled.index(True) - 1 - len(encode_stop_sentence(tokenizer))
+        (stopped,) = roll(
+            engine, tokenizer, [task], msgspec.structs.replace(greedy, thinking_budget=int(budget)), [0]
+        )
+        end = int(np.flatnonzero(sample.ce)[0])
+        assert stopped.tokens[:end] == list(sample.tokens[:end]), text
+        assert tokenizer.decode([int(t) for t in sample.tokens[end:]]) == f"{free.turns[0].content}<|im_end|>"
+        lengths.add(int(budget))
+    assert len(lengths) > 2
 
 
 # ---------------------------------------------------------------- distillation
@@ -290,7 +321,8 @@ def test_the_student_comes_nearer_to_the_teacher(
     school: Path, guesses: Path, tmp_path: Path, runtime: MakeRuntime
 ) -> None:
     """The start is the teacher after some steps in a wrong direction."""
-    away = ColdStartConfig(steps=12, batch_size=4, drop_solved_directly=False)
+    wild = OptimizerConfig(lr=0.01, adamw_lr=0.003)
+    away = ColdStartConfig(steps=12, batch_size=4, drop_solved_directly=False, optimizer=wild)
     noise = tmp_path / "noise"
     distilled(coldstart.run, away, {"model": school, "tasks": guesses}, noise, runtime("noise"))
     config = on_policy_config(steps=6, prompts=6)

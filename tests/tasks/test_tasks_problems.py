@@ -78,9 +78,9 @@ def test_no_held_out_problem_is_trained_on_in_any_mode_or_with_any_tool(sets: Pa
 
 
 def test_a_family_that_has_no_more_to_give_leaves_a_smaller_set(tmp_path: Path) -> None:
-    config = ProblemsConfig(cold_start=0, reinforcement=0, general=60, validation=0, evaluation=2400)
+    config = ProblemsConfig(cold_start=0, reinforcement=0, general=60, validation=0, evaluation=3200)
     counts = run(config, {}, tmp_path, Runtime(logs=tmp_path / "logs"))
-    assert 1500 < counts["evaluation_instructions"] <= 312 * 6 + 50
+    assert 1500 < counts["evaluation_instructions"] <= 312 * 6 + 16 * 15 * 3
     assert counts["train_general"] > 30
     held = held_out(tmp_path)
     assert not held & {statement(task) for task in read(tmp_path, "train/general")}
@@ -128,23 +128,22 @@ def test_contrary_flags_in_one_prompt_occur_and_the_later_one_counts() -> None:
     assert prompts[False] == {f"{bare} /no_think", f"{bare} /think /no_think"}
 
 
-def test_a_prompt_without_a_flag_keeps_the_mode_of_the_last_turn() -> None:
+def test_after_earlier_turns_the_last_flag_counts_also_where_the_prompt_has_none() -> None:
     task = draw("chain", "train", random.Random(0))
-    modes_seen = set()
-    for number in range(40):
-        asked = with_history(task, random.Random(number), 2)
-        assert asked.thinking == mode_of(asked.conversation())
-        modes_seen.add(asked.thinking)
+    seen = set()
+    for number in range(80):
+        thinking = number % 2 == 0
+        asked = with_history(task, thinking, random.Random(number), 2)
+        assert asked.thinking == thinking == mode_of(asked.conversation())
         assert [message.role for message in asked.history] == ["user", "assistant"] * 2
-    assert modes_seen == {True, False}
-    flag = with_history(flagged(task, False, random.Random(1)), random.Random(2), 2)
-    assert flag.thinking is False
+        seen.add((thinking, asked.prompt == task.prompt))
+    assert seen == {(True, True), (True, False), (False, True), (False, False)}
 
 
 def test_earlier_turns_are_answered_rightly() -> None:
     task = draw("logic", "train", random.Random(0))
     for number in range(30):
-        asked = modes.with_history(task, random.Random(number), 1)
+        asked = modes.with_history(task, True, random.Random(number), 1)
         question, answer = asked.history
         shown = question.content.split(" /")[0].rpartition(": ")[2]
         if shown[0].isdigit():

@@ -152,12 +152,13 @@ def test_every_form_shows_the_answer_once_the_instruction_is_followed() -> None:
         assert task.answer == write(task.solution.rpartition("=")[2])
 
 
-def test_repetitions_say_the_word_as_often_as_asked() -> None:
+def test_repetitions_say_the_words_as_often_as_asked() -> None:
     found = [task for task in tasks_of("instructions", 200) if task.arguments["form"] == "length"]
     assert found
     for task in found:
-        _, word, times, _ = task.prompt.split()
-        assert task.answer.split() == [word] * int(times)
+        _, first, second, times, _ = task.prompt.split()
+        assert first != second
+        assert task.answer.split() == [first, second] * int(times)
 
 
 def test_every_verifier_is_used_by_some_kind_of_task() -> None:

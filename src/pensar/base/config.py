@@ -16,6 +16,7 @@ from pensar.base.errors import ConfigError
 ERROR = re.compile(r"(?P<what>.*?)(?: - at `(?P<path>\$.*)`)?", re.DOTALL)
 STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
 UNKNOWN = object()
+EXTENDS = "extends"
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -26,29 +27,18 @@ C = TypeVar("C")
 
 
 def load(path: Path, kind: type[C], overrides: Sequence[str] = ()) -> C:
-    """Reads a YAML file into `kind`, after `a.b=value` overrides; raises ConfigError naming file, line and path."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder; give the YAML file in it") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    return parse(text, kind, str(path), overrides)
+    """Reads a YAML file into `kind`, after `a.b=value` overrides; raises ConfigError naming file, line and path.
+
+    A file that says `extends: other.yaml` begins with the values of that file, which lies beside it.
+    """
+    tree, origins = _read(path, ())
+    return _build(tree, origins, kind, str(path), overrides)
 
 
 def parse(text: str, kind: type[C], name: str = "config", overrides: Sequence[str] = ()) -> C:
     """`load` for text that is already in memory; `name` stands for the file in errors."""
     tree, origins = yaml12.parse(text, name)
-    tree = {} if tree is None else tree
-    for override in overrides:
-        tree = _override(tree, override, origins)
-    _refuse_unknown_keys(tree, msgspec.inspect.type_info(kind), "$", name, origins)
-    try:
-        return convert(tree, kind)
-    except msgspec.ValidationError as error:
-        raise ConfigError(_explain(str(error), tree, name, origins)) from None
+    return _build(tree, origins, kind, name, overrides)
 
 
 def canonical(config: Any, path: str = "$") -> Any:
@@ -196,6 +186,82 @@ def _refuse_unknown_keys(tree: Any, kind: Any, path: str, name: str, origins: Ma
         item_types = getattr(kind, "item_types", [item_type] * len(tree))
         for index, (value, item) in enumerate(zip(tree, item_types, strict=False)):
             _refuse_unknown_keys(value, item, f"{path}[{index}]", name, origins)
+
+
+def _build(tree: Any, origins: dict[str, str], kind: type[C], name: str, overrides: Sequence[str]) -> C:
+    tree = {} if tree is None else tree
+    for override in overrides:
+        tree = _override(tree, override, origins)
+    info = msgspec.inspect.type_info(kind)
+    _refuse_unknown_keys(tree, info, "$", name, origins)
+    try:
+        return convert(_filled(tree, info, None), kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(str(error), tree, name, origins)) from None
+
+
+def _read(path: Path, below: tuple[Path, ...]) -> tuple[Any, dict[str, str]]:
+    """The tree of a file over that of the file it extends; `below` are the files that extend this one."""
+    if path.resolve() in below:
+        raise ConfigError(f"{below[-1]}: extends {path}, which extends it in turn; take one `extends` out")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        asked = f", which {below[-1]} extends" if below else ""
+        raise ConfigError(f"{path}: no such file{asked}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; give the YAML file in it") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    tree, origins = yaml12.parse(text, str(path))
+    if not isinstance(tree, dict) or EXTENDS not in tree:
+        return tree, origins
+    other = tree.pop(EXTENDS)
+    if not isinstance(other, str):
+        raise ConfigError(f"{origins[f'$.{EXTENDS}']}: extends is {other!r}; give the name of one YAML file")
+    under, origins_under = _read(path.parent / other, (*below, path.resolve()))
+    return _over(under, tree), origins_under | origins
+
+
+def _over(under: Any, tree: Any) -> Any:
+    """Mappings key by key, everything else replaced."""
+    if isinstance(under, dict) and isinstance(tree, dict):
+        return under | {key: _over(under.get(key), value) for key, value in tree.items()}
+    return tree
+
+
+def _filled(tree: Any, kind: Any, default: Any) -> Any:
+    """The tree with what it leaves out of a struct taken from the field's own default, where that is a struct.
+
+    A field `rl: RL = RL(queries="general")` that a file sets to `{steps: 5}` still has the queries of its default,
+    not those of every RL.
+    """
+    inspect = msgspec.inspect
+    if isinstance(kind, inspect.Metadata):
+        kind = kind.type
+    if isinstance(kind, inspect.UnionType):
+        kind = _member(tree, kind)
+    if isinstance(tree, dict) and isinstance(kind, inspect.StructType):
+        known = default if type(default) is kind.cls else None
+        filled = dict(tree)
+        for field in kind.fields:
+            below = _default(field) if known is None else getattr(known, field.name)
+            if field.encode_name in tree:
+                filled[field.encode_name] = _filled(tree[field.encode_name], field.type, below)
+            elif known is not None:
+                filled[field.encode_name] = complete(below)
+        return filled
+    if isinstance(tree, dict) and isinstance(kind, inspect.DictType):
+        return {key: _filled(value, kind.value_type, None) for key, value in tree.items()}
+    if isinstance(tree, list):
+        item_types = getattr(kind, "item_types", [getattr(kind, "item_type", None)] * len(tree))
+        items = [_filled(value, item, None) for value, item in zip(tree, item_types, strict=False)]
+        return items + tree[len(items) :]
+    return tree
+
+
+def _default(field: Any) -> Any:
+    return field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
 
 
 def _member(tree: Any, union: Any) -> Any:

@@ -154,7 +154,9 @@ def _look_back(model: Qwen3, seed: int, strength: float = 4.0) -> None:
     position of RoPE as the query. The key lies in the fastest quarter of the rotations, which tell neighbours apart.
     The structure is only where training begins: nothing holds it there.
     """
-    config, attention = model.config, model.model.layers[0].self_attn
+    config, block = model.config, model.model.layers[0]
+    assert isinstance(block, Block)
+    attention = block.self_attn
     h, group = config.head_dim, config.num_heads // config.num_kv_heads
     mean = F.normalize(_normal((config.hidden_size,), seed, "mean"), dim=0)
     model.model.embed_tokens.weight += mean * config.initializer_range * config.hidden_size**0.5

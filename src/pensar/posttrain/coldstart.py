@@ -19,14 +19,13 @@ from pensar.base.progress import Progress
 from pensar.base.ranks import World
 from pensar.base.stage import Counts, Runtime
 from pensar.infer.engine import Engine, Request, SamplingParams
-from pensar.model.weights import load_model, save_model
+from pensar.model.weights import load_model
 from pensar.posttrain.examples import Example, encode, in_batches
 from pensar.posttrain.filters import ResponseFilters, objection, several_questions, shingles
 from pensar.tasks.task import Task
 from pensar.text.conversation import Conversation, Message
 from pensar.text.tokenizer import Tokenizer
-from pensar.train import checkpoint
-from pensar.train.loop import LoopConfig, Place, fit
+from pensar.train.loop import LoopConfig, Place, finish, fit
 
 SURE = 0.9
 """Probability from which a direct answer counts as known, not guessed."""
@@ -69,6 +68,7 @@ def run(config: ColdStartConfig, inputs: Mapping[str, Path], out: Path, runtime:
 def _on_rank(
     world: World, config: ColdStartConfig, inputs: dict[str, Path], out: Path, logs: Path, progress: Progress
 ) -> Counts:
+    place = Place(out, logs, world, progress)
     model, tokenizer = load_model(inputs["model"]), Tokenizer.load(inputs["model"])
     tasks = list(read_jsonl(inputs["tasks"] / "train" / f"{config.queries}.jsonl", Task))
     solved = _solved_directly(Engine(model, tokenizer, slots=128), tokenizer, tasks, world)
@@ -78,11 +78,8 @@ def _on_rank(
         write_jsonl(out / "examples.jsonl", examples)
         write_jsonl(out / "dropped.jsonl", dropped)
     batches_of = in_batches(encode(tokenizer, examples), config.batch_size, config.seed)
-    fit(model, batches_of, config, Place(out, logs, world, progress), name="cold start")
-    checkpoint.discard(out, world)
-    if world.rank == 0:
-        save_model(model, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-        tokenizer.save(out)
+    fit(model, batches_of, config, place, name="cold start")
+    finish(model, tokenizer, place)
     reasons = Counter(str(row["reason"]) for row in dropped)
     return {
         "queries": len(tasks),

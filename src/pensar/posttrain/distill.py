@@ -1,8 +1,7 @@
 """Strong-to-weak distillation: the teacher's replies first, then its distribution on the student's own replies."""
 
-import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -14,15 +13,14 @@ from pensar.base.ranks import World
 from pensar.base.stage import Counts, Runtime
 from pensar.infer.engine import Engine
 from pensar.infer.rollout import Rollout, RolloutConfig, roll
-from pensar.model.weights import load_model, save_model
+from pensar.model.weights import load_model
 from pensar.posttrain.examples import Example, encode, in_batches
 from pensar.posttrain.grpo import keep_rollouts, micro_batches, truncate_rollouts
 from pensar.tasks.problems import with_mode
 from pensar.tasks.task import Task
 from pensar.text.conversation import Conversation
 from pensar.text.tokenizer import Tokenizer
-from pensar.train import checkpoint
-from pensar.train.loop import LoopConfig, Place, fit
+from pensar.train.loop import LoopConfig, Place, finish, fit, loop
 from pensar.train.optimizer import Optimizer, OptimizerConfig
 from pensar.train.schedule import rate
 from pensar.train.step import train_step
@@ -109,10 +107,7 @@ def _off_policy(
     student = load_model(inputs["model"])
     batches_of = in_batches(encode(tokenizer, examples), config.batch_size, config.seed)
     fit(student, batches_of, config, place, name="off-policy distillation")
-    checkpoint.discard(out, world)
-    if world.rank == 0:
-        save_model(student, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-        tokenizer.save(out)
+    finish(student, tokenizer, place)
     return {"queries": len(tasks), "examples": len(examples), "steps": config.steps}
 
 
@@ -125,37 +120,23 @@ def _on_policy(
     engine = Engine(student, tokenizer, slots=max(64, config.prompts // world.size))
     queries = list(read_jsonl(inputs["tasks"] / "train" / f"{config.queries}.jsonl", Task))
     optimizer = Optimizer(student, config.optimizer)
-    first, _ = checkpoint.resume(out, student, optimizer)
-    name = "on-policy distillation"
-    with place.metrics() or nullcontext() as metrics, progress.track(name, config.steps) as shown:
-        if metrics:
-            metrics.rewind(first - 1)
-            truncate_rollouts(out, first)
-        shown.advance(first)
-        for step in range(first, config.steps):
-            started = time.perf_counter()
-            chosen = np.random.default_rng(seed_of(config.seed, "prompts", step)).permutation(len(queries))
-            mine = [int(i) for i in chosen[: config.prompts]][world.rank :: world.size]
-            tasks = [_in_mode(queries[i], config, step, i) for i in mine]
-            seeds = [seed_of(config.seed, step, i) for i in mine]
-            rolled = roll(engine, tokenizer, tasks, config.rollout, seeds)
-            rollouts = [rollout for part in world.gather(rolled) for rollout in part]
-            rows = sorted((rollout.taught() for rollout in rollouts), key=len)
-            scale = rate(config.schedule, step, config.steps)
-            values = train_step(student, optimizer, micro_batches(rows), scale, world, config.loss, teacher)
-            values["reward"] = float(np.mean([rollout.score.value for rollout in rollouts]))
-            if metrics:
-                keep_rollouts(out, step, rollouts)
-                metrics.log(step, **values)
-                seconds = time.perf_counter() - started
-                metrics.timing(step, seconds=seconds, tokens_per_second=values["tokens"] / seconds)
-            shown.advance(1, reward=values["reward"])
-            if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-                checkpoint.save(out, student, optimizer, step + 1, world)
-    checkpoint.discard(out, world)
-    if world.rank == 0:
-        save_model(student, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-        tokenizer.save(out)
+
+    def take(step: int) -> dict[str, float]:
+        chosen = np.random.default_rng(seed_of(config.seed, "prompts", step)).permutation(len(queries))
+        mine = [int(i) for i in chosen[: config.prompts]][world.rank :: world.size]
+        tasks = [_in_mode(queries[i], config, step, i) for i in mine]
+        seeds = [seed_of(config.seed, step, i) for i in mine]
+        rolled = roll(engine, tokenizer, tasks, config.rollout, seeds)
+        rollouts = [rollout for part in world.gather(rolled) for rollout in part]
+        keep_rollouts(place, step, rollouts)
+        rows = sorted((rollout.taught() for rollout in rollouts), key=len)
+        scale = rate(config.schedule, step, config.steps)
+        values = train_step(student, optimizer, micro_batches(rows), scale, world, config.loss, teacher)
+        return values | {"reward": float(np.mean([rollout.score.value for rollout in rollouts]))}
+
+    name, forget = "on-policy distillation", partial(truncate_rollouts, out)
+    loop(student, optimizer, config, place, take, name=name, shown=("reward",), on_start=forget)
+    finish(student, tokenizer, place)
     num_rollouts = config.steps * min(config.prompts, len(queries))
     return {"queries": len(queries), "rollouts": num_rollouts, "steps": config.steps}
 

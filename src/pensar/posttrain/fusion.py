@@ -9,14 +9,16 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from pensar.base.config import Config
 from pensar.base.files import read_jsonl, seed_of, write_jsonl
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
 from pensar.base.stage import Counts, Runtime
 from pensar.infer.engine import Engine
-from pensar.infer.rollout import RolloutConfig, roll
-from pensar.model.weights import load_model, save_model
+from pensar.infer.rollout import Rollout, RolloutConfig, roll
+from pensar.model.weights import load_model
 from pensar.posttrain.examples import Example, encode, in_batches
 from pensar.tasks.instructions import instruction
 from pensar.tasks.modes import flagged, with_history
@@ -24,10 +26,11 @@ from pensar.tasks.problems import ATTEMPTS, held_out, statement, with_mode
 from pensar.tasks.task import Task
 from pensar.tasks.tools import tool_task
 from pensar.tasks.verifiers import gold
+from pensar.text.chat import encode_stop_sentence
 from pensar.text.conversation import Conversation, Message
-from pensar.text.tokenizer import Tokenizer
-from pensar.train import checkpoint
-from pensar.train.loop import LoopConfig, Place, fit
+from pensar.text.sample import Sample
+from pensar.text.tokenizer import THINK, THINK_END, Tokenizer
+from pensar.train.loop import LoopConfig, Place, finish, fit
 
 
 class Shares(Config, frozen=True, kw_only=True):
@@ -36,9 +39,11 @@ class Shares(Config, frozen=True, kw_only=True):
     thinking: int = 1_500
     """Queries put to the reasoning model; wrong replies are dropped."""
     direct: int = 1_500
-    instructions: int = 300
-    tools: int = 300
-    history: float = 0.25
+    interrupted: int = 750
+    """Of the thinking replies, so many also come with their reasoning cut short, to be answered all the same."""
+    instructions: int = 900
+    tools: int = 900
+    history: float = 0.4
     """Share of the reasoning examples that get earlier turns with flags of their own."""
 
 
@@ -59,44 +64,63 @@ def run(config: FusionConfig, inputs: Mapping[str, Path], out: Path, runtime: Ru
 def _on_rank(
     world: World, config: FusionConfig, inputs: dict[str, Path], out: Path, logs: Path, progress: Progress
 ) -> Counts:
+    place = Place(out, logs, world, progress)
     model, tokenizer = load_model(inputs["model"]), Tokenizer.load(inputs["model"])
     tasks = list(read_jsonl(inputs["tasks"] / "train" / f"{config.queries}.jsonl", Task))
     engine = Engine(model, tokenizer, slots=128)
-    thinking = sampled_thinking(config, tasks, engine, tokenizer, world)
+    asked = tasks[: config.shares.thinking]
+    thinking = sampled_thinking(config, asked, engine, tokenizer, world)
     examples = [
-        *thinking,
+        *(_example(config, asked[i], True, tuple(rollout.turns), "thinking") for i, rollout in thinking),
         *direct_examples(config, tasks),
         *curated_examples(config, held_out(inputs["tasks"])),
     ]
+    cut = [
+        interrupted(tokenizer, rollout, random.Random(seed_of(config.seed, "interrupted", rollout.task.id)))
+        for _, rollout in thinking[: config.shares.interrupted]
+    ]
     if world.rank == 0:
         write_jsonl(out / "examples.jsonl", examples)
-    batches_of = in_batches(encode(tokenizer, examples), config.batch_size, config.seed)
-    fit(model, batches_of, config, Place(out, logs, world, progress), name="thinking-mode fusion")
-    checkpoint.discard(out, world)
-    if world.rank == 0:
-        save_model(model, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-        tokenizer.save(out)
-    kinds = Counter(example.kind for example in examples)
-    num_asked = min(config.shares.thinking, len(tasks))
+        write_jsonl(out / "interrupted.jsonl", [{"text": tokenizer.decode(list(s.tokens))} for s in cut])
+    batches_of = in_batches([*encode(tokenizer, examples), *cut], config.batch_size, config.seed)
+    fit(model, batches_of, config, place, name="thinking-mode fusion")
+    finish(model, tokenizer, place)
+    kinds = Counter([*(example.kind for example in examples), *("interrupted" for _ in cut)])
     return {
-        "examples": len(examples),
+        "examples": len(examples) + len(cut),
         "kinds": dict(sorted(kinds.items())),
-        "rejected": num_asked - len(thinking),
+        "rejected": len(asked) - len(thinking),
         "steps": config.steps,
     }
 
 
 def sampled_thinking(
-    config: FusionConfig, tasks: list[Task], engine: Engine, tokenizer: Tokenizer, world: World
-) -> list[Example]:
-    """The model's own right replies, put under prompts with flags."""
-    asked = tasks[: config.shares.thinking]
+    config: FusionConfig, asked: list[Task], engine: Engine, tokenizer: Tokenizer, world: World
+) -> list[tuple[int, Rollout]]:
+    """The model's own right replies, each with the index of its task."""
     mine = range(len(asked))[world.rank :: world.size]
     seeds = [seed_of(config.seed, "thinking", i) for i in mine]
     rollouts = roll(engine, tokenizer, [with_mode(asked[i], True) for i in mine], config.rollout, seeds)
-    found = [(i, r.turns) for i, r in zip(mine, rollouts, strict=True) if r.score.value == 1]
-    pairs = sorted((pair for part in world.gather(found) for pair in part), key=lambda pair: pair[0])
-    return [_example(config, asked[i], True, tuple(turns), "thinking") for i, turns in pairs]
+    found = [pair for pair in zip(mine, rollouts, strict=True) if pair[1].score.value == 1]
+    return sorted((pair for part in world.gather(found) for pair in part), key=lambda pair: pair[0])
+
+
+def interrupted(tokenizer: Tokenizer, rollout: Rollout, rng: random.Random) -> Sample:
+    """The reply with its reasoning cut somewhere by the stop sentence, as a thinking budget cuts it; the answer alone
+    is learned.
+
+    The report (section 4.3) finds that answering from partial reasoning emerges from the two modes by itself. In a
+    model of half a million parameters it does not: the sentence is foreign to it.
+    """
+    open_at, close_at = (rollout.tokens.index(tokenizer.special(mark)) for mark in (THINK, THINK_END))
+    kept = rollout.tokens[: open_at + 1 + rng.randrange(close_at - open_at - 1)]
+    stop = encode_stop_sentence(tokenizer)
+    blanks = len(stop) - 1 - stop.index(tokenizer.special(THINK_END))
+    answer = rollout.tokens[close_at + 1 + blanks :]
+    tokens = np.asarray([*kept, *stop, *answer], np.int32)
+    learned = np.zeros(len(tokens), np.float32)
+    learned[len(tokens) - len(answer) :] = 1
+    return Sample(tokens=tokens, ce=learned, source=rollout.task.id)
 
 
 def direct_examples(config: FusionConfig, tasks: list[Task]) -> list[Example]:
@@ -126,10 +150,10 @@ def _example(
 ) -> Example:
     """The reply under a flagged prompt, at times after earlier turns."""
     rng = random.Random(seed_of(config.seed, kind, task.id))
-    asked = flagged(task, thinking, rng)
-    has_flag = asked.prompt != task.prompt
-    if has_flag and rng.random() < config.shares.history:
-        asked = with_history(asked, rng, rng.randint(1, 2))
+    if rng.random() < config.shares.history:
+        asked = with_history(task, thinking, rng, rng.randint(1, 2))
+    else:
+        asked = flagged(task, thinking, rng)
     return _turn_examples(asked, turns, kind)[-1]
 
 

@@ -4,9 +4,8 @@ Each step draws a group of replies for each of many prompts; a reply's advantage
 over the group's deviation. Groups that all succeed or all fail teach nothing and are left out.
 """
 
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,13 +19,12 @@ from pensar.base.stage import Counts, Runtime
 from pensar.infer.engine import Engine
 from pensar.infer.rollout import Rollout, RolloutConfig, roll
 from pensar.model.qwen3 import Qwen3
-from pensar.model.weights import load_model, save_model
+from pensar.model.weights import load_model
 from pensar.tasks.task import Task
 from pensar.text.packing import Batch, one_per_row
 from pensar.text.sample import Sample
 from pensar.text.tokenizer import Tokenizer
-from pensar.train import checkpoint
-from pensar.train.loop import LoopConfig, Place
+from pensar.train.loop import LoopConfig, Place, finish, loop
 from pensar.train.optimizer import Optimizer, OptimizerConfig
 from pensar.train.schedule import ScheduleConfig, rate
 from pensar.train.step import train_step
@@ -79,28 +77,16 @@ def _on_rank(
     engine = Engine(model, tokenizer, slots=max(64, config.prompts * config.group // world.size))
     queries = _queries(config, inputs["tasks"], engine, tokenizer, place)
     optimizer = Optimizer(model, config.optimizer)
-    first, _ = checkpoint.resume(out, model, optimizer)
+
+    def take(step: int) -> dict[str, float]:
+        values, rollouts = _step(step, config, queries, model, engine, tokenizer, optimizer, world)
+        keep_rollouts(place, step, rollouts)
+        return values
+
     name = out.name.rsplit("-", 1)[0]
-    with place.metrics() or nullcontext() as metrics, progress.track(name, config.steps) as shown:
-        if metrics:
-            metrics.rewind(first - 1)
-            truncate_rollouts(out, first)
-        shown.advance(first)
-        for step in range(first, config.steps):
-            started = time.perf_counter()
-            values, rollouts = _step(step, config, queries, model, engine, tokenizer, optimizer, world)
-            if metrics:
-                keep_rollouts(out, step, rollouts)
-                metrics.log(step, **values)
-                seconds = time.perf_counter() - started
-                metrics.timing(step, seconds=seconds, tokens_per_second=values["tokens"] / seconds)
-            shown.advance(1, reward=values["reward"])
-            if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-                checkpoint.save(out, model, optimizer, step + 1, world)
-    checkpoint.discard(out, world)
-    if world.rank == 0:
-        save_model(model, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-        tokenizer.save(out)
+    forget = partial(truncate_rollouts, out)
+    loop(model, optimizer, config, place, take, name=name, shown=("reward",), on_start=forget)
+    finish(model, tokenizer, place)
     num_rollouts = config.steps * min(config.prompts, len(queries)) * config.group
     return {"queries": len(queries), "rollouts": num_rollouts, "steps": config.steps}
 
@@ -194,9 +180,11 @@ def _queries(
     return kept
 
 
-def keep_rollouts(out: Path, step: int, rollouts: Sequence[Rollout]) -> None:
-    """Appends every rollout of a step to rollouts.jsonl."""
-    with (out / "rollouts.jsonl").open("ab") as file:
+def keep_rollouts(place: Place, step: int, rollouts: Sequence[Rollout]) -> None:
+    """Appends every rollout of a step to rollouts.jsonl, on rank 0."""
+    if place.world.rank:
+        return
+    with (place.out / "rollouts.jsonl").open("ab") as file:
         for rollout in rollouts:
             file.write(msgspec.json.encode({"step": step, **rollout.record()}) + b"\n")
 

@@ -8,6 +8,11 @@ import msgspec
 from pensar.tasks.families import FAMILIES
 from pensar.tasks.task import Task, task_id
 
+NAMES = tuple(
+    "amber birch cedar delta ember flint grove harbor ivory jade lotus maple ocean pearl river stone".split()
+)
+"""Words that stand for themselves, in tasks that copy them."""
+
 FORMS: dict[str, tuple[str, Callable[[str], str]]] = {
     "brackets": ("Answer in brackets.", lambda answer: f"[{answer}]"),
     "json": ("Answer as JSON.", lambda answer: f'{{"answer": "{answer}"}}'),
@@ -18,11 +23,9 @@ FORMS: dict[str, tuple[str, Callable[[str], str]]] = {
 }
 """Form -> the instruction and what the answer looks like when it is followed."""
 
-_WORDS = ("amber", "cedar", "delta", "ember", "flint", "grove", "harbor", "ivory", "jade", "lotus")
-
 
 def instruction(rng: random.Random) -> Task:
-    """A one-step problem whose answer is asked in a certain form, or a word to be written a number of times."""
+    """A one-step problem whose answer is asked in a certain form, or two words to be written a number of times."""
     if rng.random() < 0.25:
         return _repetition(rng)
     family = rng.choice(("chain", "logic"))
@@ -41,13 +44,13 @@ def instruction(rng: random.Random) -> Task:
 
 
 def _repetition(rng: random.Random) -> Task:
-    word, times = rng.choice(_WORDS), rng.randint(2, 6)
-    prompt = f"Write {word} {times} times"
+    words, times = " ".join(rng.sample(NAMES, 2)), rng.randint(2, 4)
+    prompt = f"Write {words} {times} times"
     return Task(
         id=task_id("instructions", prompt),
         family="instructions",
         prompt=prompt,
-        answer=" ".join([word] * times),
-        solution=f"{times} times {word}",
+        answer=" ".join([words] * times),
+        solution=f"{times} times {words}",
         arguments={"form": "length"},
     )

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from pensar.base.files import seed_of
 from pensar.tasks.families import FAMILIES, draw
+from pensar.tasks.instructions import NAMES
 from pensar.tasks.task import split_of
-from pensar.tasks.tools import NAMES
 
 _CODES = "abcdefghijklmnop"
 DOMAINS = ("tables", "facts", "worked", "recall", "long-recall")
@@ -62,7 +62,7 @@ def _facts(rng: random.Random) -> str:
     lines = []
     for _ in range(10):
         family = rng.choice(("chain", "chain", "logic", "parity"))
-        steps = rng.choice((1, 1, 2, 3))
+        steps = rng.choice((1, 1, 1, 2, 3))
         while True:
             task = FAMILIES[family][0](rng, steps)
             if steps == 1 or split_of(task.prompt) == "train":

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from pensar.tasks.instructions import instruction
+from pensar.tasks.instructions import NAMES, instruction
 from pensar.tasks.task import Task, task_id
 
 LOOKUP: dict[str, Any] = {
@@ -16,10 +16,6 @@ LOOKUP: dict[str, Any] = {
         "parameters": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
     },
 }
-
-NAMES = tuple(
-    "amber birch cedar delta ember flint grove harbor ivory jade lotus maple ocean pearl river stone".split()
-)
 
 
 def tool_task(rng: random.Random) -> Task:

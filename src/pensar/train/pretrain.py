@@ -19,11 +19,10 @@ from pensar.base.stage import Counts, Runtime
 from pensar.data.order import PretrainData
 from pensar.model.config import ModelConfig, replace
 from pensar.model.qwen3 import Qwen3, initialize
-from pensar.model.weights import load_model, save_model
+from pensar.model.weights import load_model
 from pensar.text.packing import Batch
 from pensar.text.tokenizer import Tokenizer
-from pensar.train import checkpoint
-from pensar.train.loop import LoopConfig, Place, fit
+from pensar.train.loop import LoopConfig, Place, finish, fit
 from pensar.train.loss import LossConfig
 from pensar.train.optimizer import OptimizerConfig
 from pensar.train.schedule import ScheduleConfig
@@ -102,10 +101,7 @@ def _on_rank(
     loop = config.loop()
     place = Place(out, logs, world, progress)
     fit(model, row_batches(data, config), loop, place, name=f"pre-training, {config.mixture}")
-    checkpoint.discard(out, world)
-    if world.rank == 0:
-        save_model(model, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-        tokenizer.save(out)
+    finish(model, tokenizer, place)
     rows = max(1, config.batch_tokens // config.context)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"steps": loop.steps, "tokens": loop.steps * rows * config.context, "parameters": num_parameters}
