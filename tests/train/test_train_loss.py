@@ -103,6 +103,19 @@ def test_the_policy_gradient_on_policy_is_the_advantage_times_the_gradient_of_th
     assert totals.entropy == pytest.approx(float(entropy), rel=1e-4)
 
 
+def test_the_entropy_bonus_adds_the_gradient_of_the_mean_entropy() -> None:
+    model, rows = tiny_model(), batch("pg")
+    normalisers = weights_of([rows], World())
+    plain, _ = batch_loss(model, rows, normalisers, CONFIG)
+    for chunk_tokens in (8_192, 3):
+        config = LossConfig(entropy_bonus=0.3, chunk_tokens=chunk_tokens)
+        loss, totals = batch_loss(model, rows, normalisers, config)
+        logprobs = logprobs_of(model, rows)[:, :-1][torch.from_numpy(rows.pg)[:, 1:] != 0]
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        close(gradients(loss, model), gradients(plain - 0.3 * entropy.mean(), model))
+        assert totals.entropy == pytest.approx(entropy.sum().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("advantage", "ratio", "flows"),
     [

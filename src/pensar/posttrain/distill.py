@@ -48,7 +48,8 @@ class OnPolicyConfig(LoopConfig, frozen=True, kw_only=True):
     thinking_share: float = 1.0
     """Share of prompts asked in thinking mode."""
     rollout: RolloutConfig = RolloutConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(muon=False, adamw_lr=2e-3)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """With Muon, unlike reinforcement learning: the target is dense and exact, as in fine-tuning."""
 
 
 def off_policy(config: OffPolicyConfig, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> Counts:

@@ -39,7 +39,7 @@ class Shares(Config, frozen=True, kw_only=True):
     thinking: int = 1_500
     """Queries put to the reasoning model; wrong replies are dropped."""
     direct: int = 1_500
-    interrupted: int = 750
+    interrupted: int = 400
     """Of the thinking replies, so many also come with their reasoning cut short, to be answered all the same."""
     instructions: int = 900
     tools: int = 900

@@ -58,7 +58,7 @@ def parity(rng: random.Random, steps: int) -> Task:
 FAMILIES: dict[str, tuple[Family, int, int]] = {
     "chain": (chain, 2, 8),
     "logic": (logic, 2, 8),
-    "parity": (parity, 3, 9),
+    "parity": (parity, 4, 12),
 }
 """Family -> its generator and the difficulties of its train, validation and test problems."""
 

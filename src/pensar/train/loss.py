@@ -1,7 +1,7 @@
 """The one loss: cross-entropy, policy gradient and divergence from a teacher, each with per-token weights.
 
     loss = sum_t ce_t * -log p(x_t) / W_ce
-         + sum_t pg_t-surrogate(ratio_t) / W_pg
+         + sum_t (pg_t-surrogate(ratio_t) - entropy_bonus * H_t) / W_pg
          + sum_t kl_t * KL(teacher || model)_t / W_kl
          + router_balance_weight * balance
 
@@ -32,6 +32,8 @@ class LossConfig(Config, frozen=True, kw_only=True):
     clip_low: float = 0.2
     clip_high: float = 0.28
     """Upper clip of the probability ratio, wider than the lower one to keep entropy (DAPO, arXiv 2503.14476)."""
+    entropy_bonus: float = 0.0
+    """Weight of the mean entropy over policy-gradient tokens: it keeps replies varied while they improve."""
     reverse_kl: bool = False
     """KL(model || teacher) in place of KL(teacher || model)."""
     chunk_tokens: int = 8_192
@@ -168,12 +170,13 @@ def _chunk_loss(
         ratio, advantage = gap.exp(), at.pg[sampled]
         bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         pg = -torch.minimum(ratio * advantage, bounded * advantage).sum()
-        loss = loss + pg / w_pg
+        with torch.set_grad_enabled(torch.is_grad_enabled() and config.entropy_bonus > 0):
+            chosen = logits_NV[sampled]
+            entropy = (log_z[sampled] - (chosen.softmax(-1) * chosen).sum(-1)).sum()
+        loss = loss + (pg - config.entropy_bonus * entropy) / w_pg
         with torch.no_grad():
             clipped = (ratio != bounded).sum()
             mismatch = gap.abs().sum()
-            chosen = logits_NV[sampled]
-            entropy = (log_z[sampled] - (chosen.softmax(-1) * chosen).sum(-1)).sum()
     kl = logits_NV.new_zeros(())
     if teacher is not None and at.teacher is not None:
         with torch.no_grad():
