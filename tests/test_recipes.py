@@ -84,7 +84,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(path: Path, tmp_path: Pa
     with pytest.raises(ConfigError, match=r"did you mean `steps`\?"):
         load(path, ["cold_start.step=3"])
     broken = tmp_path / "broken.yaml"
-    broken.write_text(path.read_text() + "\ntokenzier: {size: 512}\n")
+    broken.write_text(f"extends: {path}\ntokenzier: {{size: 512}}\n")
     with pytest.raises(ConfigError, match=r"broken\.yaml.*tokenzier.*did you mean `tokenizer`\?"):
         load(broken)
 

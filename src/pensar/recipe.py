@@ -142,7 +142,7 @@ def _data_stages(recipe: Recipe) -> list[Stage]:
         Stage("language", language.run, data.language, {"documents": "extract"}, revision=2),
         Stage("filter", filters.run, data.filters, {"documents": "language"}),
         Stage("dedup", dedup.run, data.dedup, {"documents": "filter"}),
-        Stage("tasks", problems.run, recipe.tasks, revision=3),
+        Stage("tasks", problems.run, recipe.tasks, revision=4),
         Stage(
             "decontaminate",
             decontaminate.run,
@@ -162,7 +162,7 @@ def _data_stages(recipe: Recipe) -> list[Stage]:
     if data.sources:
         return steps
     python = msgspec.structs.replace(recipe.demo, python=platform.python_version())
-    return [Stage("demo", demo.run, python, revision=3), *steps]
+    return [Stage("demo", demo.run, python, revision=4), *steps]
 
 
 def _training_stages(recipe: Recipe) -> list[Stage]:
@@ -183,7 +183,7 @@ def _training_stages(recipe: Recipe) -> list[Stage]:
             corpus | {"model": "pretrain-reasoning"},
         ),
         Stage(
-            "cold-start", coldstart.run, _seeded(recipe.cold_start, recipe), _on("pretrain-long"), revision=2
+            "cold-start", coldstart.run, _seeded(recipe.cold_start, recipe), _on("pretrain-long"), revision=3
         ),
         Stage("reasoning-rl", grpo.run, _seeded(recipe.reasoning_rl, recipe), _on("cold-start")),
         Stage("fusion", fusion.run, _seeded(recipe.fusion, recipe), _on("reasoning-rl"), revision=2),

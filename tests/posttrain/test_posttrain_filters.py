@@ -59,7 +59,7 @@ def test_thresholds_are_those_of_the_configuration() -> None:
     reply = Message(role="assistant", reasoning_content=TASK.solution, content="9")
     assert objection(TASK, reply, ResponseFilters(min_steps=3), []) is None
     assert objection(TASK, reply, ResponseFilters(min_steps=4), []) == "guesswork"
-    twice = Message(role="assistant", reasoning_content=f"{TASK.solution} {TASK.solution}", content="9")
+    twice = Message(role="assistant", reasoning_content=f"{TASK.solution} {TASK.solution} ", content="9")
     assert objection(TASK, twice, FILTERS, []) is None
     assert objection(TASK, twice, ResponseFilters(max_repeats=1), []) == "repetition"
 
@@ -113,7 +113,9 @@ def test_faults_come_in_their_shares() -> None:
 
 def test_the_parts_of_the_filters_by_hand() -> None:
     assert repeats("abcdefghijkl" * 3) == 3
-    assert repeats("short") == 0
+    assert repeats("a lead that differs, abcdefghijklabcdefghijkl, and an end") == 2
+    assert repeats("ababab" * 20) == 1  # a step, over and over, is shorter than a thought
+    assert repeats("short") == repeats("") == 1
     assert scripts("a1! ß") == {"LATIN"}
     assert scripts("日x") == {"CJK", "LATIN"}
     assert shingles("abcdef") == {"abcde", "bcdef"}

@@ -38,7 +38,8 @@ def logic_results(shown: str) -> list[str]:
 
 
 def parity_results(shown: str) -> list[str]:
-    return [("even", "odd")[shown[: end + 1].count("1") % 2] for end in range(len(shown))]
+    digits = [lettered[1:] for lettered in shown.split()]
+    return [("even", "odd")[digits[: end + 1].count("1") % 2] for end in range(len(digits))]
 
 
 EVALUATORS: dict[str, Callable[[str], list[str]]] = {

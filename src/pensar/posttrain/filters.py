@@ -4,6 +4,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from pensar.base.config import Config
 from pensar.tasks.task import Task
 from pensar.tasks.verifiers import verify
@@ -14,7 +16,7 @@ class ResponseFilters(Config, frozen=True, kw_only=True):
     """Thresholds of the filters; a candidate is dropped by the first that objects."""
 
     max_repeats: int = 3
-    """The same step may stand this often in the reasoning."""
+    """The same thought may stand this often in a row."""
     min_steps: int = 1
     """Steps of reasoning below which a right answer counts as guesswork. A strict value asks for every step."""
     similarity: float = 0.9
@@ -43,12 +45,22 @@ def steps_of(reasoning: str) -> list[str]:
 
 
 def repeats(reasoning: str) -> int:
-    """How often the commonest stretch of twelve characters occurs."""
-    counts: dict[str, int] = {}
-    for start in range(len(reasoning) - 11):
-        piece = reasoning[start : start + 12]
-        counts[piece] = counts.get(piece, 0) + 1
-    return max(counts.values(), default=0)
+    """How often the most repeated block of 9 to 512 characters stands in a row; 1 where none does.
+
+    A block that is itself a repetition does not count: `0=even,0=even,` is a step done twice, not a thought.
+    """
+    letters = np.frombuffer(reasoning.encode("utf-32-le"), np.uint32)
+    most = 1
+    for length in range(9, min(512, len(letters) // 2) + 1):
+        differ = np.flatnonzero(letters[length:] != letters[:-length])
+        edges = np.concatenate(([-1], differ, [len(letters) - length]))
+        start = int(np.argmax(np.diff(edges)))
+        copies = 1 + int(edges[start + 1] - edges[start] - 1) // length
+        if copies > most:
+            block = reasoning[edges[start] + 1 : edges[start] + 1 + length]
+            if block not in (block + block)[1:-1]:
+                most = copies
+    return most
 
 
 def conclusion(reasoning: str) -> str:

@@ -6,6 +6,7 @@ written in the compact form in which a small model can both read and write them.
 
 import operator
 import random
+import string
 from collections.abc import Callable
 
 from pensar.tasks.task import Task, split_of, task_id
@@ -45,20 +46,23 @@ def logic(rng: random.Random, steps: int) -> Task:
 
 
 def parity(rng: random.Random, steps: int) -> Task:
-    """Whether the number of ones among binary digits is even or odd, kept while reading them."""
-    bits = [rng.randrange(2) for _ in range(steps)]
-    seen, parts = 0, []
-    for bit in bits:
+    """Whether the number of ones among lettered binary digits is even or odd, kept while reading them.
+
+    The letters say which digit a step of the solution has come to: in bare digits all ones look alike.
+    """
+    seen, shown, parts = 0, [], []
+    for letter in string.ascii_lowercase[:steps]:
+        bit = rng.randrange(2)
         seen += bit
-        parts.append(f"{bit}={_even(seen)}")
-    shown = "".join(str(bit) for bit in bits)
-    return _task("parity", steps, f"Even or odd number of ones: {shown}", _even(seen), ",".join(parts))
+        shown.append(f"{letter}{bit}")
+        parts.append(f"{shown[-1]}={_even(seen)}")
+    return _task("parity", steps, f"Even or odd number of ones: {' '.join(shown)}", _even(seen), " ".join(parts))
 
 
 FAMILIES: dict[str, tuple[Family, int, int]] = {
     "chain": (chain, 2, 8),
     "logic": (logic, 2, 8),
-    "parity": (parity, 4, 12),
+    "parity": (parity, 4, 10),
 }
 """Family -> its generator and the difficulties of its train, validation and test problems."""
 
