@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ class ShardConfig(Config):
 class TrainConfig(Config):
     lr: float = 0.003
     steps: int = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slow(Runtime):
+    """A shard or step takes so many seconds."""
+
+    seconds: float
 
 
 def read_source(config: ShardConfig, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> Counts:
@@ -69,7 +77,8 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], out: Path, runtime: R
 
 
 def pause(runtime: Runtime) -> None:
-    time.sleep(float(runtime.device.removeprefix("sleep:")) if runtime.device.startswith("sleep:") else 0)
+    if isinstance(runtime, Slow):
+        time.sleep(runtime.seconds)
 
 
 def stages(source: Path, **changes: Any) -> list[Stage]:
@@ -94,7 +103,7 @@ def stages(source: Path, **changes: Any) -> list[Stage]:
 
 
 def go(recipe: Sequence[Stage], root: Path, choice: Choice = ALL, seconds: float = 0.0) -> list[Outcome]:
-    runtime = Runtime(logs=root / "logs", device=f"sleep:{seconds}")
+    runtime = Slow(logs=root / "logs", seconds=seconds)
     return run(recipe, root, runtime, choice, links={"model": "train"})
 
 

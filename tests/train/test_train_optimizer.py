@@ -139,6 +139,7 @@ def test_the_cosine_is_half_way_in_the_middle_and_ends_at_the_final_rate() -> No
 
 def test_a_constant_rate_is_constant_after_the_warm_up() -> None:
     assert [rate(ScheduleConfig(kind="constant", warmup=0.0), step, 3) for step in range(3)] == [1.0] * 3
+    assert [rate(ScheduleConfig(warmup=0.0, decay=0.0), step, 3) for step in range(3)] == [1.0] * 3
     assert rate(ScheduleConfig(kind="constant", warmup=0.5), 0, 4) == pytest.approx(0.5)
 
 

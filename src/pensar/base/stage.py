@@ -26,7 +26,6 @@ class Runtime:
     crew: Crew = field(default_factory=Crew)
     """The processes that share the work; one by default."""
     progress: Progress = field(default_factory=Progress)
-    device: str = "cpu"
 
 
 StageFunction = Callable[[Any, Mapping[str, Path], Path, Runtime], Counts]

@@ -103,19 +103,19 @@ def _step(
 ) -> tuple[dict[str, float], list[Rollout]]:
     """One set of rollouts and the optimiser steps on it; the same metrics and rollouts on every rank."""
     chosen = np.random.default_rng(seed_of(config.seed, "prompts", step)).permutation(len(queries))
-    groups = [(int(i), config.group) for i in chosen[: config.prompts]][world.rank :: world.size]
-    tasks = [queries[i] for i, size in groups for _ in range(size)]
-    seeds = [seed_of(config.seed, step, i, n) for i, size in groups for n in range(size)]
-    rollouts = roll(engine, tokenizer, tasks, config.rollout, seeds)
+    chosen = chosen[: config.prompts]
+    mine = [int(query) for query in chosen[world.rank :: world.size]]
+    tasks = [queries[query] for query in mine for _ in range(config.group)]
+    seeds = [seed_of(config.seed, step, query, n) for query in mine for n in range(config.group)]
+    rolled = roll(engine, tokenizer, tasks, config.rollout, seeds)
+    shared = world.gather([rolled[n : n + config.group] for n in range(0, len(rolled), config.group)])
+    groups = [shared[n % world.size][n // world.size] for n in range(len(chosen))]
+    rollouts = [rollout for group in groups for rollout in group]
     samples: list[Sample] = []
-    for start in range(0, len(rollouts), config.group):
-        group = rollouts[start : start + config.group]
+    for group in groups:
         advantage = advantages([rollout.score.value for rollout in group])
         if advantage is not None:
             samples.extend(r.sample(float(a)) for r, a in zip(group, advantage, strict=True))
-    everyone = world.gather((rollouts, samples))
-    rollouts = [rollout for part, _ in everyone for rollout in part]
-    samples = [sample for _, part in everyone for sample in part]
     values = _summary(rollouts, len(samples))
     scale = rate(config.schedule, step, config.steps)
     order = np.random.default_rng(seed_of(config.seed, "minibatches", step)).permutation(len(samples))

@@ -56,7 +56,9 @@ def parity(rng: random.Random, steps: int) -> Task:
         seen += bit
         shown.append(f"{letter}{bit}")
         parts.append(f"{shown[-1]}={_even(seen)}")
-    return _task("parity", steps, f"Even or odd number of ones: {' '.join(shown)}", _even(seen), " ".join(parts))
+    return _task(
+        "parity", steps, f"Even or odd number of ones: {' '.join(shown)}", _even(seen), " ".join(parts)
+    )
 
 
 FAMILIES: dict[str, tuple[Family, int, int]] = {

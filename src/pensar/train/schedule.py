@@ -28,5 +28,7 @@ def rate(schedule: ScheduleConfig, step: int, num_steps: int) -> float:
     if schedule.kind == "cosine":
         share = (done - schedule.warmup) / max(1 - schedule.warmup, 1e-9)
         return schedule.final + (schedule.start - schedule.final) * 0.5 * (1 + math.cos(math.pi * share))
-    left = (1 - done) / max(schedule.decay, 1e-9)
+    if not schedule.decay:
+        return schedule.start
+    left = (1 - done) / schedule.decay
     return schedule.final + (schedule.start - schedule.final) * min(1.0, left + 1 / max(num_steps, 1))
