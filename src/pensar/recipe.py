@@ -151,7 +151,13 @@ def _data_stages(recipe: Recipe) -> list[Stage]:
         ),
         Stage("annotate", annotate.run, data.annotate, {"documents": "decontaminate"}),
         Stage("mixture", mixture.run, data.mixture, {"documents": "annotate"}),
-        Stage("tokenizer", vocabulary.run, recipe.tokenizer, {"documents": "annotate", "mixture": "mixture"}),
+        Stage(
+            "tokenizer",
+            vocabulary.run,
+            recipe.tokenizer,
+            {"documents": "annotate", "mixture": "mixture"},
+            revision=2,
+        ),
         Stage(
             "shards",
             shards.run,
@@ -169,7 +175,7 @@ def _training_stages(recipe: Recipe) -> list[Stage]:
     corpus = {"shards": "shards", "tokenizer": "tokenizer"}
     plan = recipe.pretraining
     return [
-        Stage("pretrain-general", pretrain.run, _seeded(plan.general, recipe), corpus),
+        Stage("pretrain-general", pretrain.run, _seeded(plan.general, recipe), corpus, revision=2),
         Stage(
             "pretrain-reasoning",
             pretrain.run,
@@ -196,7 +202,7 @@ def _student_stages(recipe: Recipe) -> list[Stage]:
     corpus = {"shards": "shards", "tokenizer": "tokenizer"}
     taught = {"teacher": "general-rl"}
     return [
-        Stage("student-pretrain", pretrain.run, _seeded(student.pretrain, recipe), corpus),
+        Stage("student-pretrain", pretrain.run, _seeded(student.pretrain, recipe), corpus, revision=2),
         Stage(
             "student",
             distill.off_policy,

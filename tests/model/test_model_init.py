@@ -60,7 +60,7 @@ def test_parameters_and_seeds_differ_from_each_other(shape):
     assert not torch.equal(first[name(0)], other[name(0)])
 
 
-def test_heads_that_look_back_put_most_of_their_weight_on_the_token_before() -> None:
+def test_heads_that_look_back_put_most_of_their_weight_one_and_two_tokens_before() -> None:
     config = ModelConfig(
         vocab_size=200,
         hidden_size=128,
@@ -75,8 +75,8 @@ def test_heads_that_look_back_put_most_of_their_weight_on_the_token_before() -> 
     )
     tokens = torch.randint(0, 200, (1, 24), generator=torch.Generator().manual_seed(0))
 
-    def on_the_token_before(previous_token_heads: bool) -> np.ndarray:
-        """Mean weight of each head of the first layer on the position before, by the formula of attention."""
+    def before(back: int, previous_token_heads: bool) -> np.ndarray:
+        """Mean weight of each head of the first layer so many positions before, by the formula of attention."""
         model = Qwen3(config)
         initialize(model, 3, previous_token_heads=previous_token_heads)
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -92,9 +92,10 @@ def test_heads_that_look_back_put_most_of_their_weight_on_the_token_before() -> 
         scores = np.where(np.tril(np.ones((24, 24), bool)), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        return np.array([np.mean([head[i, i - 1] for i in range(1, 24)]) for head in weights])
+        return np.array([np.mean([head[i, i - back] for i in range(back, 24)]) for head in weights])
 
-    plain, looking_back = on_the_token_before(False), on_the_token_before(True)
-    assert (looking_back[[0, 2]] > 0.35).all()
-    assert (np.delete(looking_back, [0, 2]) < 0.3).all()
-    assert (plain < 0.3).all()
+    for back, heads in ((1, [0, 2]), (2, [1, 3])):
+        looking_back = before(back, True)
+        assert (looking_back[heads] > 0.35).all()
+        assert (np.delete(looking_back, heads) < 0.3).all()
+        assert (before(back, False) < 0.3).all()

@@ -257,7 +257,7 @@ def rollout(task: Task, right: bool = True) -> Rollout:
 
 def test_every_assistant_turn_of_a_rollout_is_an_example(tokenizer: Tokenizer) -> None:
     look = next(task for task in (tool_task(random.Random(n)) for n in range(20)) if task.environment)
-    name = look.arguments["call"]["arguments"]["name"]
+    name = look.arguments["call"]["arguments"]["word"]
     thinking = examples_of(rollout(with_mode(look, True)))
     assert [len(example.conversation.messages) for example in thinking] == [2, 4]
     assert all(example.thinking is None and example.conversation.tools for example in thinking)

@@ -99,19 +99,19 @@ def test_an_answer_may_have_spaces_around_it_and_nothing_else() -> None:
 
 def test_the_tool_must_be_called_once_as_asked_and_only_where_it_is_needed() -> None:
     task = next(task for task in tasks_of("tools") if task.arguments.get("call"))
-    name = task.arguments["call"]["arguments"]["name"]
+    name = task.arguments["call"]["arguments"]["word"]
     result = Message(role="tool", content=task.answer)
 
     def calls(*calls: ToolCall) -> Message:
         return Message(role="assistant", tool_calls=calls)
 
-    right = ToolCall(name="lookup", arguments={"name": name})
+    right = ToolCall(name="lookup", arguments={"word": name})
     assert verify(task, (calls(right), result, said(task.answer))).value == 1.0
     assert verify(task, (said(task.answer),)).reason == "no call"
     for wrong in (
-        ToolCall(name="lookup", arguments={"name": "nobody"}),
-        ToolCall(name="find", arguments={"name": name}),
-        ToolCall(name="lookup", arguments={"name": name, "more": 1}),
+        ToolCall(name="lookup", arguments={"word": "nobody"}),
+        ToolCall(name="find", arguments={"word": name}),
+        ToolCall(name="lookup", arguments={"word": name, "more": 1}),
         ToolCall(name="lookup", arguments={}),
     ):
         assert verify(task, (calls(wrong), result, said(task.answer))).reason == "wrong call"
@@ -127,11 +127,11 @@ def test_the_tool_must_be_called_once_as_asked_and_only_where_it_is_needed() -> 
 def test_the_environment_answers_as_text_whatever_it_is_asked() -> None:
     task = next(task for task in tasks_of("tools") if task.environment)
     (name, code), *_ = task.environment.items()
-    assert respond(task, "lookup", {"name": name}) == code
-    assert respond(task, "lookup", {"name": "nobody"}).startswith("error")
-    for arguments in ({}, {"name": None}, {"name": ["a", {"b": 1}]}, {"other": 1}):
+    assert respond(task, "lookup", {"word": name}) == code
+    assert respond(task, "lookup", {"word": "nobody"}).startswith("error")
+    for arguments in ({}, {"word": None}, {"word": ["a", {"b": 1}]}, {"other": 1}):
         assert respond(task, "lookup", arguments).startswith("error")
-    assert respond(task, "rm", {"name": name}).startswith("error")
+    assert respond(task, "rm", {"word": name}).startswith("error")
     assert LOOKUP["function"]["name"] == "lookup"
 
 

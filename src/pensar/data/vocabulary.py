@@ -8,6 +8,7 @@ from pensar.base.errors import DataError
 from pensar.base.files import seed_of
 from pensar.base.stage import Counts, Runtime
 from pensar.data.documents import read_documents, read_table
+from pensar.tasks.tools import LOOKUP
 from pensar.text.chat import STOP_SENTENCE, render
 from pensar.text.conversation import Conversation, Message, ToolCall
 from pensar.text.tokenizer import train_tokenizer
@@ -50,16 +51,14 @@ def run(config: VocabularyConfig, inputs: Mapping[str, Path], out: Path, runtime
 
 def protocol_text() -> str:
     """What the chat format itself says: tool instructions, a call, its answer, the sentence at a budget's end."""
-    schema = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
-    function = {"name": "lookup", "description": "Find the code of a name", "parameters": schema}
     conversation = Conversation(
         messages=(
             Message(role="system", content="You are a helpful assistant."),
             Message(role="user", content="Hello /think /no_think"),
-            Message(role="assistant", tool_calls=(ToolCall(name="lookup", arguments={"name": "it"}),)),
+            Message(role="assistant", tool_calls=(ToolCall(name="lookup", arguments={"word": "it"}),)),
             Message(role="tool", content="1"),
         ),
-        tools=({"type": "function", "function": function},),
+        tools=(LOOKUP,),
     )
     return render(conversation) + STOP_SENTENCE
 

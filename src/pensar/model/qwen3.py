@@ -134,8 +134,9 @@ def initialize(model: Qwen3, seed: int, *, previous_token_heads: bool = False) -
     """Normal(0, initializer_range) weights, each drawn from a generator seeded by its name.
 
     The values of a parameter depend on nothing but seed, name and shape, so that every process layout starts
-    from the same model. With `previous_token_heads`, one head of every group of the first layer begins by looking at
-    the token before: half of what copying from the context takes, and the half that small models are slow to find.
+    from the same model. With `previous_token_heads`, two heads of every group of the first layer (or its only one) begin
+    by looking at the token before and at the one before that: half of what copying from the context takes, and the
+    half that small models are slow to find.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -148,11 +149,11 @@ def initialize(model: Qwen3, seed: int, *, previous_token_heads: bool = False) -
 
 
 def _look_back(model: Qwen3, seed: int, strength: float = 4.0) -> None:
-    """Gives the first layer heads whose query, wherever it stands, equals the key one position before it.
+    """Gives the first layer heads whose query, wherever it stands, equals the key one or two positions before it.
 
-    All embeddings get a common part `mean`; the projections send it to a fixed key, and to that key turned back by one
-    position of RoPE as the query. The key lies in the fastest quarter of the rotations, which tell neighbours apart.
-    The structure is only where training begins: nothing holds it there.
+    All embeddings get a common part `mean`; the projections send it to a fixed key, and to that key turned back by
+    RoPE as the query. The key lies in the fastest quarter of the rotations, which tell neighbours apart. The structure
+    is only where training begins: nothing holds it there.
     """
     config, block = model.config, model.model.layers[0]
     assert isinstance(block, Block)
@@ -160,15 +161,15 @@ def _look_back(model: Qwen3, seed: int, strength: float = 4.0) -> None:
     h, group = config.head_dim, config.num_heads // config.num_kv_heads
     mean = F.normalize(_normal((config.hidden_size,), seed, "mean"), dim=0)
     model.model.embed_tokens.weight += mean * config.initializer_range * config.hidden_size**0.5
-    cos, sin = model.rope_tables(torch.tensor([[-1]]))
     for head in range(config.num_kv_heads):
         key = _normal((2, h // 2), seed, f"previous.{head}")
         key[:, max(1, h // 8) :] = 0
         key = F.normalize(key, dim=0).flatten() / max(1, h // 8) ** 0.5
-        query = rope.rotate(key.view(1, 1, 1, h), cos, sin).flatten()
         attention.k_proj.weight[head * h : (head + 1) * h] += strength * torch.outer(key, mean)
-        first = head * group * h
-        attention.q_proj.weight[first : first + h] += strength * torch.outer(query, mean)
+        for back in range(1, min(group, 2) + 1):
+            query = rope.rotate(key.view(1, 1, 1, h), *model.rope_tables(torch.tensor([[-back]]))).flatten()
+            first = (head * group + back - 1) * h
+            attention.q_proj.weight[first : first + h] += strength * torch.outer(query, mean)
 
 
 def _normal(shape: Sequence[int], seed: int, name: str) -> Tensor:

@@ -12,8 +12,8 @@ LOOKUP: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "lookup",
-        "description": "Find the code of a name",
-        "parameters": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+        "description": "Find the code of a word",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
     },
 }
 
@@ -38,7 +38,7 @@ def tool_task(rng: random.Random) -> Task:
         answer=code,
         solution=f"lookup {name}",
         verifier="tool",
-        arguments={"call": {"name": "lookup", "arguments": {"name": name}}},
+        arguments={"call": {"name": "lookup", "arguments": {"word": name}}},
         tools=(LOOKUP,),
         environment={name: code},
     )
@@ -48,4 +48,4 @@ def respond(task: Task, name: str, arguments: dict[str, Any]) -> str:
     """What the environment answers to a call: the value, or an error as text, as a real tool would."""
     if name != "lookup":
         return f"error: there is no tool {name}"
-    return task.environment.get(str(arguments.get("name")), "error: unknown name")
+    return task.environment.get(str(arguments.get("word")), "error: unknown word")

@@ -43,8 +43,8 @@ class Shape(Config, frozen=True, kw_only=True):
     moe_intermediate_size: int = 0
     initializer_range: float = 0.02
     previous_token_heads: bool = False
-    """Begin with heads in the first layer that look at the token before: a model of two layers learns to copy from its
-    context within some 10^5 tokens of examples so, and without them not within 10^6."""
+    """Begin with heads in the first layer that look at the two tokens before: a model of two layers learns to copy from
+    its context within some 10^5 tokens of examples so, and without them not within 10^6."""
 
     def model(self, vocab_size: int, **rest: Any) -> ModelConfig:
         """The configuration of a model of this shape; `rest` are its other fields."""
