@@ -134,9 +134,9 @@ def initialize(model: Qwen3, seed: int, *, previous_token_heads: bool = False) -
     """Normal(0, initializer_range) weights, each drawn from a generator seeded by its name.
 
     The values of a parameter depend on nothing but seed, name and shape, so that every process layout starts
-    from the same model. With `previous_token_heads`, two heads of every group of the first layer (or its only one) begin
-    by looking at the token before and at the one before that: half of what copying from the context takes, and the
-    half that small models are slow to find.
+    from the same model. With `previous_token_heads`, two heads of every group of the first layer (or its only one)
+    begin by looking at the token before and at the one before that: half of what copying from the context takes, and
+    the half that small models are slow to find.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
