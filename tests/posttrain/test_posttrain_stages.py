@@ -156,7 +156,7 @@ def test_every_epoch_shows_every_sample_once_in_an_order_of_its_own() -> None:
 
 def test_non_thinking_examples_have_a_flag_and_an_empty_block(tokenizer: Tokenizer) -> None:
     tasks = reasoning_tasks(("chain", 30), ("logic", 10))
-    examples = direct_examples(FusionConfig(shares=Shares(direct=35)), tasks)
+    examples = direct_examples(FusionConfig(shares=Shares(direct=35, direct_steps=9)), tasks)
     assert [example.id for example in examples] == [task.id for task in tasks[-35:]]
     turns, flags = set(), 0
     for example, task in zip(examples, tasks[-35:], strict=True):
@@ -171,7 +171,9 @@ def test_non_thinking_examples_have_a_flag_and_an_empty_block(tokenizer: Tokeniz
     assert turns == {2, 4, 6}
     assert 20 < flags < 35
     assert direct_examples(FusionConfig(shares=Shares(direct=0)), tasks) == []
-    assert len(direct_examples(FusionConfig(shares=Shares(direct=99)), tasks)) == 40
+    assert len(direct_examples(FusionConfig(shares=Shares(direct=99, direct_steps=9)), tasks)) == 40
+    at_a_glance = direct_examples(FusionConfig(shares=Shares(direct=99, direct_steps=3)), tasks)
+    assert [example.id for example in at_a_glance] == [task.id for task in tasks if task.difficulty <= 3]
 
 
 def test_curated_examples_obey_their_modes_and_leave_the_held_out_problems_out(

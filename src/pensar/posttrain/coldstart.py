@@ -35,7 +35,7 @@ class WorkedTeacher(Config, frozen=True, kw_only=True):
     """Where candidates come from when no larger model is at hand: the tasks' own worked solutions, with the faults
     of a real teacher in these shares."""
 
-    hasty: float = 0.6
+    hasty: float = 0.5
     """Stops after the first steps and names the answer: right, but with little reasoning."""
     wrong: float = 0.08
     guess: float = 0.08

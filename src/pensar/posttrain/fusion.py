@@ -39,6 +39,8 @@ class Shares(Config, frozen=True, kw_only=True):
     thinking: int = 1_500
     """Queries put to the reasoning model; wrong replies are dropped."""
     direct: int = 1_500
+    """Problems answered at once, of at most `direct_steps`: what cannot be seen at a glance would teach to guess."""
+    direct_steps: int = 3
     interrupted: int = 400
     """Of the thinking replies, so many also come with their reasoning cut short, to be answered all the same."""
     instructions: int = 900
@@ -124,8 +126,9 @@ def interrupted(tokenizer: Tokenizer, rollout: Rollout, rng: random.Random) -> S
 
 
 def direct_examples(config: FusionConfig, tasks: list[Task]) -> list[Example]:
-    """Reasoning problems answered at once."""
-    chosen = tasks[max(0, len(tasks) - config.shares.direct) :]
+    """Short reasoning problems answered at once."""
+    short = [task for task in tasks if task.difficulty <= config.shares.direct_steps]
+    chosen = short[max(0, len(short) - config.shares.direct) :]
     return [_example(config, task, False, gold(task, thinking=False), "direct") for task in chosen]
 
 

@@ -48,7 +48,8 @@ class GrpoConfig(LoopConfig, frozen=True, kw_only=True):
     queries: str = "reinforcement"
     """Name of the problem set within the train split."""
     probe: int = 8
-    """Replies per query by which learnable queries are chosen beforehand; 0 takes all queries."""
+    """Replies per query by which learnable queries are chosen beforehand; 0 takes all queries. Where a query has few
+    possible answers, a start model's guesses decide what seems learnable, and the choice tilts the answers: take 0."""
     probe_queries: int = 512
     easiest: float = 0.9
     """Queries whose pass rate is above this are left out: they have nothing left to teach."""

@@ -62,8 +62,8 @@ def parity(rng: random.Random, steps: int) -> Task:
 
 
 FAMILIES: dict[str, tuple[Family, int, int]] = {
-    "chain": (chain, 2, 8),
-    "logic": (logic, 2, 8),
+    "chain": (chain, 2, 6),
+    "logic": (logic, 2, 6),
     "parity": (parity, 4, 10),
 }
 """Family -> its generator and the difficulties of its train, validation and test problems."""
