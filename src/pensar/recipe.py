@@ -142,7 +142,7 @@ def _data_stages(recipe: Recipe) -> list[Stage]:
         Stage("language", language.run, data.language, {"documents": "extract"}, revision=2),
         Stage("filter", filters.run, data.filters, {"documents": "language"}),
         Stage("dedup", dedup.run, data.dedup, {"documents": "filter"}),
-        Stage("tasks", problems.run, recipe.tasks, revision=7),
+        Stage("tasks", problems.run, recipe.tasks, revision=8),
         Stage(
             "decontaminate",
             decontaminate.run,

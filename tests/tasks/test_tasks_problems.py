@@ -53,6 +53,11 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(sets: Path,
     assert read(tmp_path / "other", "train/cold_start") != read(sets, "train/cold_start")[:20]
 
 
+def test_general_reasoning_is_mostly_asked_with_thinking(sets: Path) -> None:
+    asked = [task for task in read(sets, "train/general") if task.family in ("chain", "logic", "parity")]
+    assert 0.65 < sum(bool(task.thinking) for task in asked) / len(asked) < 0.95
+
+
 def test_ids_are_unique_over_all_sets(sets: Path) -> None:
     ids = [task.id for path in files_under(sets).values() for task in read_jsonl(path, Task)]
     assert len(ids) == len(set(ids))

@@ -98,13 +98,13 @@ def _reasoning(rng: random.Random, split: str) -> Task:
 def _general(rng: random.Random) -> Task:
     """A task of general reinforcement learning: reasoning, a form, a tool or a mode, in a mode of its own.
 
-    Reasoning is asked with thinking: without it most answers are guesses, and rewarded guesses are noise.
+    Reasoning is seldom asked without thinking: the answers are guesses then, and rewarded guesses are noise.
     """
     kind = rng.choice(("reasoning", "instructions", "tools", "modes"))
     if kind == "modes":
         return mode_task(rng, _reasoning(rng, "train"))
     if kind == "reasoning":
-        return flagged(_reasoning(rng, "train"), True, rng)
+        return flagged(_reasoning(rng, "train"), rng.random() < 0.8, rng)
     make = instruction if kind == "instructions" else tool_task
     return flagged(make(rng), rng.random() < 0.5, rng)
 
