@@ -39,7 +39,7 @@ class Shares(Config, frozen=True, kw_only=True):
     thinking: int = 1_500
     """Queries put to the reasoning model; wrong replies are dropped."""
     direct: int = 1_500
-    """Problems answered at once, of at most `direct_steps`: what is too long to be seen at a glance would teach to guess."""
+    """Problems answered at once, of at most `direct_steps`: what is too long for a glance would teach to guess."""
     direct_steps: int = 6
     interrupted: int = 400
     """Of the thinking replies, so many also come with their reasoning cut short, to be answered all the same."""
