@@ -28,6 +28,12 @@ def test_wilson_s_interval_holds_every_share_that_the_count_does_not_contradict(
     assert found.high == pytest.approx(possible.max(), abs=2e-5)
 
 
+def test_wilson_s_interval_ends_where_the_share_does_in_spite_of_rounding() -> None:
+    for n in range(1, 500):
+        assert share(0, n).low == 0.0
+        assert share(n, n).high == 1.0
+
+
 def test_wilson_s_interval_by_hand() -> None:
     found = share(8, 10)
     assert (found.low, found.high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
