@@ -10,6 +10,7 @@ at, `reached` says whether the median does, and `values` has every seed.
 import argparse
 import itertools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from pensar.recipe import load
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny.yaml"
 Report = dict[str, Any]
@@ -50,6 +53,7 @@ def main() -> None:
             "target": target,
             "reached": None if target is None else (ours - target) * sign >= 0,
             "values": dict(zip(map(str, seeds), (round(value, 4) for value in values), strict=True)),
+            "date": str(reports[0]["finished"])[:10],
             "machine": machine(reports[0]),
         }
         print(json.dumps(line), flush=True)
@@ -59,7 +63,7 @@ def report_of(recipe: Path, seed: int, root: Path) -> Report:
     """Runs the recipe with the seed, or goes on where it stopped, and reads its report."""
     command = ["run", str(recipe), "--root", str(root), "--set", f"seed={seed}", "--quiet"]
     subprocess.run([sys.executable, "-m", "pensar", *command], check=True, stdout=sys.stderr)
-    found: Report = json.loads((root / recipe.stem / "report" / "report.json").read_text())
+    found: Report = json.loads((root / load(recipe).name / "report" / "report.json").read_text())
     return found
 
 
@@ -110,9 +114,11 @@ def above_chance(report: Report) -> float:
 
 
 def worst_fall(report: Report) -> float:
-    """Points of the largest fall of the budget curve from one budget to the next beyond its intervals; 0 for none."""
-    points = report["budget_curve"]
-    falls = (float(before["low"]) - float(after["high"]) for before, after in itertools.pairwise(points))
+    """Points by which an accuracy of the budget curve lies below any earlier one beyond their intervals; 0 for none."""
+    falls = (
+        float(before["low"]) - float(after["high"])
+        for before, after in itertools.combinations(report["budget_curve"], 2)
+    )
     return 100 * max([0.0, *falls])
 
 
@@ -130,8 +136,12 @@ def budget_end(report: Report) -> float:
 
 def machine(report: Report) -> str:
     """Processor, processes and versions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.machine()
     ranks = report["headline"]["ranks"]
-    return f"{platform.processor() or platform.machine()}, {ranks} processes, torch {torch.__version__}"
+    return f"{processor}, {os.cpu_count()} cores, {ranks} processes, torch {torch.__version__}"
 
 
 METRICS: dict[str, tuple[str, Callable[[Report], float], float | None, int]] = {

@@ -78,10 +78,8 @@ def test_a_client_that_leaves_frees_its_slot(endless: Service, url: str, stream:
             assert response.readline().startswith(b"data: ")
             response.close()
         wait_until(lambda: endless.worker.num_running == 2)
-    began = time.monotonic()
     wait_until(lambda: endless.worker.num_unfinished == 0)
-    # Far sooner than 2,000 tokens take, and the abort is counted.
-    assert time.monotonic() - began < 1
+    # Sooner than the 2,000 tokens are drawn, and the abort is counted.
     wait_until(lambda: endless.metrics.aborted.value() == 1)
     assert endless.metrics.completion_tokens.value() < 2 * 2000
     with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:

@@ -49,7 +49,7 @@ def repeats(reasoning: str) -> int:
 
     A block that is itself a repetition does not count: `0=even,0=even,` is a step done twice, not a thought.
     """
-    letters = np.frombuffer(reasoning.encode("utf-32-le"), np.uint32)
+    letters = np.frombuffer(reasoning.encode("utf-32-le", "surrogatepass"), np.uint32)
     most = 1
     for length in range(9, min(512, len(letters) // 2) + 1):
         differ = np.flatnonzero(letters[length:] != letters[:-length])

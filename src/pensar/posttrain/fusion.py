@@ -77,10 +77,11 @@ def _on_rank(
         *direct_examples(config, tasks),
         *curated_examples(config, held_out(inputs["tasks"])),
     ]
-    cut = [
+    tried = [
         interrupted(tokenizer, rollout, random.Random(seed_of(config.seed, "interrupted", rollout.task.id)))
         for _, rollout in thinking[: config.shares.interrupted]
     ]
+    cut = [sample for sample in tried if sample is not None]
     if world.rank == 0:
         write_jsonl(out / "examples.jsonl", examples)
         write_jsonl(out / "interrupted.jsonl", [{"text": tokenizer.decode(list(s.tokens))} for s in cut])
@@ -107,9 +108,9 @@ def sampled_thinking(
     return sorted((pair for part in world.gather(found) for pair in part), key=lambda pair: pair[0])
 
 
-def interrupted(tokenizer: Tokenizer, rollout: Rollout, rng: random.Random) -> Sample:
+def interrupted(tokenizer: Tokenizer, rollout: Rollout, rng: random.Random) -> Sample | None:
     """The reply with its reasoning cut somewhere by the stop sentence, as a thinking budget cuts it; the answer alone
-    is learned.
+    is learned. None where the reply does not go on after its reasoning as the stop sentence does.
 
     The report (section 4.3) finds that answering from partial reasoning emerges from the two modes by itself. In a
     model of half a million parameters it does not: the sentence is foreign to it.
@@ -118,6 +119,8 @@ def interrupted(tokenizer: Tokenizer, rollout: Rollout, rng: random.Random) -> S
     kept = rollout.tokens[: open_at + 1 + rng.randrange(close_at - open_at - 1)]
     stop = encode_stop_sentence(tokenizer)
     blanks = len(stop) - 1 - stop.index(tokenizer.special(THINK_END))
+    if list(rollout.tokens[close_at + 1 : close_at + 1 + blanks]) != list(stop[len(stop) - blanks :]):
+        return None
     answer = rollout.tokens[close_at + 1 + blanks :]
     tokens = np.asarray([*kept, *stop, *answer], np.int32)
     learned = np.zeros(len(tokens), np.float32)

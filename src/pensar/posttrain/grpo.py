@@ -121,10 +121,12 @@ def _step(
     scale = rate(config.schedule, step, config.steps)
     order = np.random.default_rng(seed_of(config.seed, "minibatches", step)).permutation(len(samples))
     for part in np.array_split(order, config.minibatches):
-        if len(part) >= world.size:
+        if len(part):
             rows = sorted((samples[i] for i in part), key=len)
             values |= train_step(model, optimizer, micro_batches(rows), scale, world, config.loss)
     values["tokens"] = float(sum(len(rollout.tokens) for rollout in rollouts))
+    values["learned_tokens"] = float(sum(len(sample) for sample in samples))
+    values["lr"] = scale * config.optimizer.adamw_lr
     return values, rollouts
 
 
@@ -151,6 +153,10 @@ def _queries(
 ) -> list[Task]:
     """The queries to learn from: those that the model solves sometimes, but not nearly always."""
     queries = list(read_jsonl(tasks / "train" / f"{config.queries}.jsonl", Task))
+    if not queries:
+        raise DataError(
+            f"the set {config.queries} of {tasks} is empty; raise its size under `tasks` in the recipe"
+        )
     if config.thinking is not None:
         queries = [
             query if query.thinking is not None else msgspec.structs.replace(query, thinking=config.thinking)

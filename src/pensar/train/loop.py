@@ -107,7 +107,7 @@ def fit(
 
 def finish(model: Qwen3, tokenizer: Tokenizer, place: Place) -> None:
     """Turns the draft into a model artifact: the weights and the tokenizer in place of the last checkpoint."""
-    checkpoint.discard(place.out, place.world)
     if place.world.rank == 0:
         save_model(model, place.out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         tokenizer.save(place.out)
+    checkpoint.discard(place.out, place.world)
