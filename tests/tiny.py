@@ -157,7 +157,7 @@ def taught() -> tuple[Qwen3, Tokenizer]:
             lessons += [(ask(prompt, thought), None), (ask(prompt, direct), False)]
             lessons += [(ask(f"{prompt} /no_think", direct), None), (ask(f"{prompt} /think", thought), None)]
     for thinking, (name, code) in product((True, False), (("amber", "42"), ("stone", "17"))):
-        call = ToolCall(name="lookup", arguments={"word": name})
+        call = ToolCall(name="lookup", arguments={"words": name})
         thoughts = (f"lookup {name}", f"code {code}") if thinking else (None, None)
         turns = (
             Message(role="assistant", reasoning_content=thoughts[0], tool_calls=(call,)),

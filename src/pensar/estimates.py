@@ -57,11 +57,14 @@ def estimate(stages: Sequence[Stage], vocab_size: int, ranks: int) -> dict[str, 
             batch = config.batch_size * REPLY_TOKENS
             found[stage.name] = _training(model, tokens, REPLY_TOKENS, batch, drawn, ranks)
         elif model is not None and isinstance(config, GrpoConfig | OnPolicyConfig):
-            group, learned = (config.group, LEARNED_SHARE) if isinstance(config, GrpoConfig) else (1, 1.0)
+            group, learned, probed = 1, 1.0, 0
+            if isinstance(config, GrpoConfig):
+                group, learned, probed = config.group, LEARNED_SHARE, config.probe * config.probe_queries
             tokens = config.steps * config.prompts * group * REPLY_TOKENS
             batch = min(64, config.prompts * group) * REPLY_TOKENS
             learning = int(tokens * learned)
-            found[stage.name] = _training(model, learning, REPLY_TOKENS, batch, tokens // 2, ranks)
+            drawn = (tokens + probed * REPLY_TOKENS) // 2
+            found[stage.name] = _training(model, learning, REPLY_TOKENS, batch, drawn, ranks)
         if model is not None:
             models[stage.name] = model
     return found

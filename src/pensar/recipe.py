@@ -142,7 +142,7 @@ def _data_stages(recipe: Recipe) -> list[Stage]:
         Stage("language", language.run, data.language, {"documents": "extract"}, revision=2),
         Stage("filter", filters.run, data.filters, {"documents": "language"}),
         Stage("dedup", dedup.run, data.dedup, {"documents": "filter"}),
-        Stage("tasks", problems.run, recipe.tasks, revision=8),
+        Stage("tasks", problems.run, recipe.tasks, revision=9),
         Stage(
             "decontaminate",
             decontaminate.run,
@@ -156,7 +156,7 @@ def _data_stages(recipe: Recipe) -> list[Stage]:
             vocabulary.run,
             recipe.tokenizer,
             {"documents": "annotate", "mixture": "mixture"},
-            revision=2,
+            revision=3,
         ),
         Stage(
             "shards",
@@ -168,7 +168,7 @@ def _data_stages(recipe: Recipe) -> list[Stage]:
     if data.sources:
         return steps
     python = msgspec.structs.replace(recipe.demo, python=platform.python_version())
-    return [Stage("demo", demo.run, python, revision=5), *steps]
+    return [Stage("demo", demo.run, python, revision=6), *steps]
 
 
 def _training_stages(recipe: Recipe) -> list[Stage]:
@@ -189,10 +189,10 @@ def _training_stages(recipe: Recipe) -> list[Stage]:
             corpus | {"model": "pretrain-reasoning"},
         ),
         Stage(
-            "cold-start", coldstart.run, _seeded(recipe.cold_start, recipe), _on("pretrain-long"), revision=4
+            "cold-start", coldstart.run, _seeded(recipe.cold_start, recipe), _on("pretrain-long"), revision=5
         ),
         Stage("reasoning-rl", grpo.run, _seeded(recipe.reasoning_rl, recipe), _on("cold-start")),
-        Stage("fusion", fusion.run, _seeded(recipe.fusion, recipe), _on("reasoning-rl"), revision=3),
+        Stage("fusion", fusion.run, _seeded(recipe.fusion, recipe), _on("reasoning-rl"), revision=4),
         Stage("general-rl", grpo.run, _seeded(recipe.general_rl, recipe), _on("fusion")),
     ]
 

@@ -47,6 +47,14 @@ def test_large_objects_are_broadcast_whole(crew: Crew) -> None:
     assert crew.call(rank_work.broadcast_back, 100_000)
 
 
+@pytest.mark.parametrize("num", [0, 1, 2, 5])
+def test_what_was_dealt_out_comes_back_in_its_order(crew: Crew, num: int) -> None:
+    import rank_work
+
+    assert crew.call(rank_work.deal, num) == list(range(num))
+    assert World().dealt(list(range(num))) == list(range(num))
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_exception_on_any_rank_reaches_the_caller_and_the_crew_recovers(crew: Crew, rank: int) -> None:
     import rank_work

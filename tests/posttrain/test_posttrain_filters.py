@@ -111,11 +111,35 @@ def test_faults_come_in_their_shares() -> None:
     assert reasons.count(None) / 2000 == pytest.approx(0.4, abs=0.04)
 
 
-def test_the_parts_of_the_filters_by_hand() -> None:
+def test_repeated_thoughts_are_counted_wherever_they_stand() -> None:
     assert repeats("abcdefghijkl" * 3) == 3
     assert repeats("a lead that differs, abcdefghijklabcdefghijkl, and an end") == 2
-    assert repeats("ababab" * 20) == 1  # a step, over and over, is shorter than a thought
     assert repeats("short") == repeats("") == 1
+    # A longer run of equal characters, `-` 40 times, does not hide the shorter one beside it.
+    assert repeats("-" * 40 + "abcdefghijkl" * 4) == 4
+    long = "".join(random.Random(1).choices("abcdefgh ", k=1500))
+    assert repeats(f"{long}. {long}. {long}. {long}") == 4  # the last without its full stop
+    assert repeats(f"{long}. {long}. {long[:-2]}x") == 2
+
+
+def test_steps_count_an_eighth_of_a_thought_and_ruled_lines_nothing() -> None:
+    assert repeats("ab" * 15) == 1
+    assert repeats("ab" * 16) == 2
+    assert repeats("no " * 32) == 4
+    assert repeats("=" * 400) == repeats("-+" * 200) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_honest_solution_repeats_and_every_copied_one_does(family: str) -> None:
+    generate, low, high = FAMILIES[family]
+    for number in range(400):
+        solution = generate(random.Random(number), low + number % (high - low + 1)).solution
+        assert repeats(solution) <= FILTERS.max_repeats, solution
+        if len(solution) >= 9:
+            assert repeats(f"{solution} " * 5) >= 5, solution
+
+
+def test_scripts_by_hand() -> None:
     assert scripts("a1! ß") == {"LATIN"}
     assert scripts("日x") == {"CJK", "LATIN"}
     assert shingles("abcdef") == {"abcde", "bcdef"}

@@ -25,7 +25,7 @@ LOOK = Task(
     prompt="What is the code of amber?",
     answer="42",
     verifier="tool",
-    arguments={"call": {"name": "lookup", "arguments": {"word": "amber"}}},
+    arguments={"call": {"name": "lookup", "arguments": {"words": "amber"}}},
     tools=(LOOKUP,),
     environment={"amber": "42"},
 )
@@ -72,7 +72,7 @@ def test_a_tool_task_goes_over_two_turns_and_only_what_was_sampled_is_learned(
     first, second = (tokenizer.decode(run) for run in runs_of(rollout))
     assert first == (
         "<think>\nlookup amber\n</think>\n\n"
-        '<tool_call>\n{"name": "lookup", "arguments": {"word": "amber"}}\n</tool_call><|im_end|>'
+        '<tool_call>\n{"name": "lookup", "arguments": {"words": "amber"}}\n</tool_call><|im_end|>'
     )
     assert second.startswith("<think>\n")
     assert second.endswith("</think>\n\n42<|im_end|>")

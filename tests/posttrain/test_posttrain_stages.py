@@ -181,7 +181,7 @@ def test_curated_examples_obey_their_modes_and_leave_the_held_out_problems_out(
 ) -> None:
     config = FusionConfig(shares=Shares(instructions=60, tools=60))
     free = curated_examples(config, set())
-    drawn = {statement(instruction(random.Random(n))) for n in range(600)}
+    drawn = {statement(instruction(random.Random(n), "train")) for n in range(600)}
     for barred in (held_out(sets), drawn):
         for example in curated_examples(config, barred):
             prompt, answer = (example.conversation.messages[index].content for index in (0, -1))
@@ -258,12 +258,14 @@ def rollout(task: Task, right: bool = True) -> Rollout:
 
 
 def test_every_assistant_turn_of_a_rollout_is_an_example(tokenizer: Tokenizer) -> None:
-    look = next(task for task in (tool_task(random.Random(n)) for n in range(20)) if task.environment)
-    name = look.arguments["call"]["arguments"]["word"]
+    look = next(
+        task for task in (tool_task(random.Random(n), "train") for n in range(20)) if task.environment
+    )
+    words = look.arguments["call"]["arguments"]["words"]
     thinking = examples_of(rollout(with_mode(look, True)))
     assert [len(example.conversation.messages) for example in thinking] == [2, 4]
     assert all(example.thinking is None and example.conversation.tools for example in thinking)
-    assert learned(tokenizer, thinking[0]).startswith(f"<think>\nlookup {name}\n</think>\n\n<tool_call>")
+    assert learned(tokenizer, thinking[0]).startswith(f"<think>\nlookup {words}\n</think>\n\n<tool_call>")
     assert learned(tokenizer, thinking[1]) == (
         f"<think>\ncode {look.answer}\n</think>\n\n{look.answer}<|im_end|>"
     )

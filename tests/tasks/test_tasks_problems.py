@@ -2,6 +2,8 @@
 
 import random
 import re
+from collections import Counter
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -9,14 +11,30 @@ import pytest
 from pensar.base.files import files_under, read_jsonl
 from pensar.base.stage import Runtime
 from pensar.tasks import modes
-from pensar.tasks.families import draw
+from pensar.tasks.families import FAMILIES, draw
+from pensar.tasks.instructions import FORMS, NAMES
 from pensar.tasks.modes import flagged, mode_task, with_history
 from pensar.tasks.problems import ProblemsConfig, held_out, run, statement
-from pensar.tasks.task import Task
+from pensar.tasks.task import Task, for_reinforcement, split_of
 from pensar.tasks.verifiers import gold, verify
 from pensar.text.chat import mode_of
 
 SMALL = ProblemsConfig(cold_start=120, reinforcement=120, general=240, validation=40, evaluation=120)
+
+ONE_STEP = [
+    *(f"Last digit, left to right: {a}{sign}{b}" for a in range(10) for sign in "+-*" for b in range(10)),
+    *(
+        f"True or false, left to right: {a} {word} {b}"
+        for a in "TF"
+        for word in ("and", "or", "xor")
+        for b in "TF"
+    ),
+]
+FORM_PROMPTS = {
+    *(f"{problem}\n{sentence}" for problem in ONE_STEP for sentence, _ in FORMS.values()),
+    *(f"Write {a} {b} {times} times" for a, b in permutations(NAMES, 2) for times in (2, 3, 4)),
+}
+"""Every request for a form that there is."""
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +103,37 @@ def test_no_held_out_problem_is_trained_on_in_any_mode_or_with_any_tool(sets: Pa
 def test_a_family_that_has_no_more_to_give_leaves_a_smaller_set(tmp_path: Path) -> None:
     config = ProblemsConfig(cold_start=0, reinforcement=0, general=60, validation=0, evaluation=3200)
     counts = run(config, {}, tmp_path, Runtime(logs=tmp_path / "logs"))
-    assert 1500 < counts["evaluation_instructions"] <= 312 * 6 + 16 * 15 * 3
-    assert counts["train_general"] > 30
-    held = held_out(tmp_path)
-    assert not held & {statement(task) for task in read(tmp_path, "train/general")}
+    there_are = sum(split_of(prompt) == "test" for prompt in FORM_PROMPTS)
+    assert len(FORM_PROMPTS) == 312 * 6 + 16 * 15 * 3
+    assert 0.9 * there_are < counts["evaluation_instructions"] <= there_are < 0.15 * len(FORM_PROMPTS)
+    assert {task.prompt for task in read(tmp_path, "evaluation/instructions")} <= FORM_PROMPTS
+    assert counts["train_general"] > 50
+
+
+def test_no_pair_of_words_is_looked_up_in_training_and_evaluation(tmp_path: Path) -> None:
+    config = ProblemsConfig(cold_start=0, reinforcement=0, general=600, validation=0, evaluation=200)
+    run(config, {}, tmp_path, Runtime(logs=tmp_path / "logs"))
+
+    def looked_up(name: str) -> set[str]:
+        return {
+            task.arguments["call"]["arguments"]["words"] for task in read(tmp_path, name) if task.environment
+        }
+
+    evaluated, trained = looked_up("evaluation/tools"), looked_up("train/general")
+    assert len(evaluated) > 15
+    assert len(trained) > 80
+    assert not evaluated & trained
+
+
+def test_queries_of_reinforcement_are_none_that_the_cold_start_has_and_of_every_family(sets: Path) -> None:
+    for name, reinforcement in (("cold_start", False), ("reinforcement", True)):
+        tasks = read(sets, f"train/{name}")
+        assert all(for_reinforcement(task.prompt) == reinforcement for task in tasks)
+        assert min(Counter(task.family for task in tasks).values()) > 0.2 * len(tasks)
+    general = [task for task in read(sets, "train/general") if task.verifier == "exact" and not task.history]
+    bare = {re.split(r" /(?:no_)?think", task.prompt)[0] for task in general if task.family in FAMILIES}
+    assert len(bare) > 30
+    assert all(map(for_reinforcement, bare))
 
 
 def test_every_problem_of_every_set_can_be_solved(sets: Path) -> None:

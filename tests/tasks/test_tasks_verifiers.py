@@ -19,10 +19,10 @@ from pensar.text.conversation import Message, ToolCall
 
 MAKERS: dict[str, Callable[[random.Random], Task]] = {
     **{family: (lambda rng, family=family: draw(family, "train", rng)) for family in FAMILIES},
-    "instructions": instruction,
-    "tools": tool_task,
-    "flagged instructions": lambda rng: flagged(instruction(rng), rng.random() < 0.5, rng),
-    "flagged tools": lambda rng: flagged(tool_task(rng), rng.random() < 0.5, rng),
+    "instructions": lambda rng: instruction(rng, "train"),
+    "tools": lambda rng: tool_task(rng, "train"),
+    "flagged instructions": lambda rng: flagged(instruction(rng, "test"), rng.random() < 0.5, rng),
+    "flagged tools": lambda rng: flagged(tool_task(rng, "test"), rng.random() < 0.5, rng),
     "modes": lambda rng: mode_task(rng, draw("chain", "test", rng)),
 }
 every_kind = pytest.mark.parametrize("kind", MAKERS)
@@ -99,19 +99,19 @@ def test_an_answer_may_have_spaces_around_it_and_nothing_else() -> None:
 
 def test_the_tool_must_be_called_once_as_asked_and_only_where_it_is_needed() -> None:
     task = next(task for task in tasks_of("tools") if task.arguments.get("call"))
-    name = task.arguments["call"]["arguments"]["word"]
+    words = task.arguments["call"]["arguments"]["words"]
     result = Message(role="tool", content=task.answer)
 
     def calls(*calls: ToolCall) -> Message:
         return Message(role="assistant", tool_calls=calls)
 
-    right = ToolCall(name="lookup", arguments={"word": name})
+    right = ToolCall(name="lookup", arguments={"words": words})
     assert verify(task, (calls(right), result, said(task.answer))).value == 1.0
     assert verify(task, (said(task.answer),)).reason == "no call"
     for wrong in (
-        ToolCall(name="lookup", arguments={"word": "nobody"}),
-        ToolCall(name="find", arguments={"word": name}),
-        ToolCall(name="lookup", arguments={"word": name, "more": 1}),
+        ToolCall(name="lookup", arguments={"words": "nobody"}),
+        ToolCall(name="find", arguments={"words": words}),
+        ToolCall(name="lookup", arguments={"words": words, "more": 1}),
         ToolCall(name="lookup", arguments={}),
     ):
         assert verify(task, (calls(wrong), result, said(task.answer))).reason == "wrong call"
@@ -126,12 +126,12 @@ def test_the_tool_must_be_called_once_as_asked_and_only_where_it_is_needed() -> 
 
 def test_the_environment_answers_as_text_whatever_it_is_asked() -> None:
     task = next(task for task in tasks_of("tools") if task.environment)
-    (name, code), *_ = task.environment.items()
-    assert respond(task, "lookup", {"word": name}) == code
-    assert respond(task, "lookup", {"word": "nobody"}).startswith("error")
-    for arguments in ({}, {"word": None}, {"word": ["a", {"b": 1}]}, {"other": 1}):
+    (words, code), *_ = task.environment.items()
+    assert respond(task, "lookup", {"words": words}) == code
+    assert respond(task, "lookup", {"words": "nobody"}).startswith("error")
+    for arguments in ({}, {"words": None}, {"words": ["a", {"b": 1}]}, {"other": 1}):
         assert respond(task, "lookup", arguments).startswith("error")
-    assert respond(task, "rm", {"word": name}).startswith("error")
+    assert respond(task, "rm", {"words": words}).startswith("error")
     assert LOOKUP["function"]["name"] == "lookup"
 
 

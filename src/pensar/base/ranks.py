@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -65,6 +65,11 @@ class World:
             cast(T, pickle.loads(part[: int(size)].numpy().tobytes()))
             for part, size in zip(parts, sizes, strict=True)
         ]
+
+    def dealt(self, mine: Sequence[T]) -> list[T]:
+        """All of what was dealt out to the ranks in turn, `everything[rank::size]` to each, in its first order."""
+        parts = self.gather(list(mine))
+        return [parts[n % self.size][n // self.size] for n in range(sum(map(len, parts)))]
 
     def broadcast(self, obj: T) -> T:
         """What rank 0 gave, on every rank."""

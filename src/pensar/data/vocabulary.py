@@ -55,7 +55,7 @@ def protocol_text() -> str:
         messages=(
             Message(role="system", content="You are a helpful assistant."),
             Message(role="user", content="Hello /think /no_think"),
-            Message(role="assistant", tool_calls=(ToolCall(name="lookup", arguments={"word": "it"}),)),
+            Message(role="assistant", tool_calls=(ToolCall(name="lookup", arguments={"words": "it"}),)),
             Message(role="tool", content="1"),
         ),
         tools=(LOOKUP,),

@@ -84,9 +84,7 @@ def rolled(
     """Rollouts of all tasks, in order, shared over the ranks."""
     mine = range(len(tasks))[world.rank :: world.size]
     seeds = [seed_of(seed, "evaluation", i) for i in mine]
-    local = roll(engine, tokenizer, [tasks[i] for i in mine], config, seeds)
-    pairs = [pair for part in world.gather(list(zip(mine, local, strict=True))) for pair in part]
-    return [rollout for _, rollout in sorted(pairs, key=lambda pair: pair[0])]
+    return world.dealt(roll(engine, tokenizer, [tasks[i] for i in mine], config, seeds))
 
 
 def run_benchmark(

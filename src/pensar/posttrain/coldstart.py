@@ -133,7 +133,7 @@ def _faulty(task: Task, fault: str, rng: random.Random) -> Message:
     full, answer = task.solution, task.answer
     separator = ">" if ">" in full else "="
     parts = full.split(separator)
-    other = rng.choice([c for c in "0123456789TFabcdefgh" if c != answer])
+    other = rng.choice([c for c in _answers_beside(answer) if c != answer])
     reasoning, content = {
         "hasty": (hasty(full, answer), answer),
         "wrong": (separator.join([*parts[:-1], other]), other),
@@ -143,6 +143,14 @@ def _faulty(task: Task, fault: str, rng: random.Random) -> Message:
         "mixed": (f"{full} ответ{separator}{answer}", answer),
     }[fault]
     return Message(role="assistant", reasoning_content=reasoning, content=content)
+
+
+def _answers_beside(answer: str) -> tuple[str, ...]:
+    """Answers of the same kind: the truth values, even and odd, or the digits."""
+    for kind in (("T", "F"), ("even", "odd")):
+        if answer in kind:
+            return kind
+    return tuple("0123456789")
 
 
 def hasty(solution: str, answer: str) -> str:

@@ -68,11 +68,9 @@ def teacher_examples(
     """The teacher's finished replies to the tasks, each a training conversation; wrong ones are left out."""
     mine = list(range(len(tasks)))[world.rank :: world.size]
     seeds = [seed_of(config.seed, "teacher", i) for i in mine]
-    rollouts = roll(teacher, tokenizer, [tasks[i] for i in mine], config.rollout, seeds)
-    pairs = [pair for part in world.gather(list(zip(mine, rollouts, strict=True))) for pair in part]
-    pairs.sort(key=lambda pair: pair[0])
+    rollouts = world.dealt(roll(teacher, tokenizer, [tasks[i] for i in mine], config.rollout, seeds))
     examples: list[Example] = []
-    for _, rollout in pairs:
+    for rollout in rollouts:
         if rollout.score.value > 0:
             examples.extend(examples_of(rollout))
     return examples
@@ -127,8 +125,7 @@ def _on_policy(
         mine = [int(i) for i in chosen[: config.prompts]][world.rank :: world.size]
         tasks = [_in_mode(queries[i], config, step, i) for i in mine]
         seeds = [seed_of(config.seed, step, i) for i in mine]
-        rolled = roll(engine, tokenizer, tasks, config.rollout, seeds)
-        rollouts = [rollout for part in world.gather(rolled) for rollout in part]
+        rollouts = world.dealt(roll(engine, tokenizer, tasks, config.rollout, seeds))
         keep_rollouts(place, step, rollouts)
         rows = sorted((rollout.taught() for rollout in rollouts), key=len)
         scale = rate(config.schedule, step, config.steps)

@@ -11,6 +11,13 @@ from pensar.tasks.task import Task
 from pensar.tasks.verifiers import verify
 from pensar.text.conversation import Message
 
+SHORTEST_THOUGHT, LONGEST_THOUGHT = 9, 2_048
+"""Characters of a block whose repetition counts in full, from and to."""
+STEPS_OF_A_THOUGHT = 8
+"""Copies of a shorter block that count as one."""
+SEPARATOR = 2
+"""Characters, such as a full stop and a space, that may be missing after the last copy."""
+
 
 class ResponseFilters(Config, frozen=True, kw_only=True):
     """Thresholds of the filters; a candidate is dropped by the first that objects."""
@@ -45,22 +52,32 @@ def steps_of(reasoning: str) -> list[str]:
 
 
 def repeats(reasoning: str) -> int:
-    """How often the most repeated block of 9 to 512 characters stands in a row; 1 where none does.
+    """How often the most repeated thought stands in a row; 1 where none does.
 
-    A block that is itself a repetition does not count: `0=even,0=even,` is a step done twice, not a thought.
+    A thought is a block of 9 to 2,048 characters that is not itself a repetition; the last copy may lack its separator.
+    Shorter blocks are steps, which honest reasoning does again: eight of them count as one thought, and those without
+    a letter or digit, such as ruled lines, not at all.
     """
     letters = np.frombuffer(reasoning.encode("utf-32-le", "surrogatepass"), np.uint32)
     most = 1
-    for length in range(9, min(512, len(letters) // 2) + 1):
+    for length in range(1, min(LONGEST_THOUGHT, (len(letters) + SEPARATOR) // 2) + 1):
         differ = np.flatnonzero(letters[length:] != letters[:-length])
         edges = np.concatenate(([-1], differ, [len(letters) - length]))
-        start = int(np.argmax(np.diff(edges)))
-        copies = 1 + int(edges[start + 1] - edges[start] - 1) // length
-        if copies > most:
-            block = reasoning[edges[start] + 1 : edges[start] + 1 + length]
-            if block not in (block + block)[1:-1]:
-                most = copies
+        matched = np.diff(edges) - 1
+        matched[-1] += SEPARATOR if length >= SHORTEST_THOUGHT else 0
+        copies = 1 + matched // length
+        thoughts = copies if length >= SHORTEST_THOUGHT else copies // STEPS_OF_A_THOUGHT
+        for run in np.flatnonzero(thoughts > most):
+            block = reasoning[edges[run] + 1 : edges[run] + 1 + length]
+            if thoughts[run] > most and _is_thought(block):
+                most = int(thoughts[run])
     return most
+
+
+def _is_thought(block: str) -> bool:
+    """Whether a block says something, and says it once."""
+    once = block not in (block + block)[1:-1]
+    return once and (len(block) >= SHORTEST_THOUGHT or any(letter.isalnum() for letter in block))
 
 
 def conclusion(reasoning: str) -> str:

@@ -144,7 +144,9 @@ def curated_examples(config: FusionConfig, barred: set[str]) -> list[Example]:
     ):
         for index in range(num):
             rng = random.Random(seed_of(config.seed, kind, index))
-            drawn = next((task for _ in range(ATTEMPTS) if statement(task := make(rng)) not in barred), None)
+            drawn = next(
+                (task for _ in range(ATTEMPTS) if statement(task := make(rng, "train")) not in barred), None
+            )
             if drawn is not None:
                 task = flagged(drawn, rng.random() < 0.5, rng)
                 examples.extend(_turn_examples(task, gold(task), kind))

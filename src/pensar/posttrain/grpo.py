@@ -47,9 +47,9 @@ class GrpoConfig(LoopConfig, frozen=True, kw_only=True):
     checkpoint_every: int = 10
     queries: str = "reinforcement"
     """Name of the problem set within the train split."""
-    probe: int = 8
+    probe: int = 0
     """Replies per query by which learnable queries are chosen beforehand; 0 takes all queries. Where a query has few
-    possible answers, a start model's guesses decide what seems learnable, and the choice tilts the answers: take 0."""
+    possible answers, a start model's guesses decide what seems learnable, and the choice tilts the answers."""
     probe_queries: int = 512
     easiest: float = 0.9
     """Queries whose pass rate is above this are left out: they have nothing left to teach."""
@@ -109,8 +109,7 @@ def _step(
     tasks = [queries[query] for query in mine for _ in range(config.group)]
     seeds = [seed_of(config.seed, step, query, n) for query in mine for n in range(config.group)]
     rolled = roll(engine, tokenizer, tasks, config.rollout, seeds)
-    shared = world.gather([rolled[n : n + config.group] for n in range(0, len(rolled), config.group)])
-    groups = [shared[n % world.size][n // world.size] for n in range(len(chosen))]
+    groups = world.dealt([rolled[n : n + config.group] for n in range(0, len(rolled), config.group)])
     rollouts = [rollout for group in groups for rollout in group]
     samples: list[Sample] = []
     for group in groups:

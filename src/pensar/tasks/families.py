@@ -9,7 +9,7 @@ import random
 import string
 from collections.abc import Callable
 
-from pensar.tasks.task import Task, split_of, task_id
+from pensar.tasks.task import Split, Task, split_of, task_id
 
 Family = Callable[[random.Random, int], Task]
 
@@ -69,7 +69,7 @@ FAMILIES: dict[str, tuple[Family, int, int]] = {
 """Family -> its generator and the difficulties of its train, validation and test problems."""
 
 
-def draw(family: str, split: str, rng: random.Random) -> Task:
+def draw(family: str, split: Split, rng: random.Random) -> Task:
     """A task of the family that belongs to the split, its difficulty uniform over the family's range."""
     generate, low, high = FAMILIES[family]
     while True:

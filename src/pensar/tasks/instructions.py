@@ -6,7 +6,7 @@ from collections.abc import Callable
 import msgspec
 
 from pensar.tasks.families import FAMILIES
-from pensar.tasks.task import Task, task_id
+from pensar.tasks.task import Split, Task, split_of, task_id
 
 NAMES = tuple(
     "amber birch cedar delta ember flint grove harbor ivory jade lotus maple ocean pearl river stone".split()
@@ -24,10 +24,18 @@ FORMS: dict[str, tuple[str, Callable[[str], str]]] = {
 """Form -> the instruction and what the answer looks like when it is followed."""
 
 
-def instruction(rng: random.Random) -> Task:
-    """A one-step problem whose answer is asked in a certain form, or two words to be written a number of times."""
-    if rng.random() < 0.25:
-        return _repetition(rng)
+def instruction(rng: random.Random, split: Split) -> Task:
+    """A one-step problem whose answer is asked in a certain form, or two words to be written a number of times.
+
+    The split holds for problem and form together: each form is known from training, and so is each one-step fact.
+    """
+    while True:
+        task = _repetition(rng) if rng.random() < 0.25 else _in_form(rng)
+        if split_of(task.prompt) == split:
+            return task
+
+
+def _in_form(rng: random.Random) -> Task:
     family = rng.choice(("chain", "logic"))
     problem = FAMILIES[family][0](rng, 1)
     form = rng.choice(tuple(FORMS))

@@ -13,7 +13,7 @@ from pensar.base.stage import Counts, Runtime
 from pensar.tasks.families import FAMILIES, draw
 from pensar.tasks.instructions import instruction
 from pensar.tasks.modes import flagged, mode_task
-from pensar.tasks.task import Task, task_id
+from pensar.tasks.task import Split, Task, for_reinforcement, task_id
 from pensar.tasks.texts import pretraining_texts, recall_text
 from pensar.tasks.tools import tool_task
 
@@ -45,13 +45,13 @@ def run(config: ProblemsConfig, inputs: Mapping[str, Path], out: Path, runtime: 
     barred: set[str] = set()
     plan: list[tuple[str, int, Callable[[random.Random], Task]]] = [
         ("evaluation/reasoning", config.evaluation, lambda rng: _reasoning(rng, "test")),
-        ("evaluation/instructions", config.evaluation, instruction),
-        ("evaluation/tools", config.evaluation, tool_task),
+        ("evaluation/instructions", config.evaluation, lambda rng: instruction(rng, "test")),
+        ("evaluation/tools", config.evaluation, lambda rng: tool_task(rng, "test")),
         ("evaluation/think_follow", config.evaluation, lambda rng: mode_task(rng, _reasoning(rng, "test"))),
         ("evaluation/recall", config.evaluation, lambda rng: _recall(rng, config.recall_lines)),
         ("validation/reasoning", config.validation, lambda rng: _reasoning(rng, "validation")),
-        ("train/cold_start", config.cold_start, lambda rng: _reasoning(rng, "train")),
-        ("train/reinforcement", config.reinforcement, lambda rng: _reasoning(rng, "train")),
+        ("train/cold_start", config.cold_start, lambda rng: _training(rng, reinforcement=False)),
+        ("train/reinforcement", config.reinforcement, lambda rng: _training(rng, reinforcement=True)),
         ("train/general", config.general, _general),
     ]
     for name, num, make in plan:
@@ -91,8 +91,16 @@ def _distinct(
                 break
 
 
-def _reasoning(rng: random.Random, split: str) -> Task:
+def _reasoning(rng: random.Random, split: Split) -> Task:
     return draw(rng.choice(tuple(FAMILIES)), split, rng)
+
+
+def _training(rng: random.Random, reinforcement: bool) -> Task:
+    """A reasoning problem of the half of the train split that serves reinforcement learning, or of the other."""
+    while True:
+        task = _reasoning(rng, "train")
+        if for_reinforcement(task.prompt) == reinforcement:
+            return task
 
 
 def _general(rng: random.Random) -> Task:
@@ -102,11 +110,11 @@ def _general(rng: random.Random) -> Task:
     """
     kind = rng.choice(("reasoning", "instructions", "tools", "modes"))
     if kind == "modes":
-        return mode_task(rng, _reasoning(rng, "train"))
+        return mode_task(rng, _training(rng, reinforcement=True))
     if kind == "reasoning":
-        return flagged(_reasoning(rng, "train"), rng.random() < 0.8, rng)
+        return flagged(_training(rng, reinforcement=True), rng.random() < 0.8, rng)
     make = instruction if kind == "instructions" else tool_task
-    return flagged(make(rng), rng.random() < 0.5, rng)
+    return flagged(make(rng, "train"), rng.random() < 0.5, rng)
 
 
 def _recall(rng: random.Random, num_lines: int) -> Task:

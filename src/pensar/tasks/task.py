@@ -50,3 +50,11 @@ def split_of(prompt: str) -> Split:
     if bucket < 26:
         return "test"
     return "validation" if bucket < 39 else "train"
+
+
+def for_reinforcement(prompt: str) -> bool:
+    """Whether a problem of the train split is kept for reinforcement learning: half of them, by their text.
+
+    Queries of reinforcement learning are none that the cold start has used (report, section 4.2).
+    """
+    return hashlib.sha256(prompt.encode()).digest()[1] % 2 == 1

@@ -1,4 +1,4 @@
-"""Tasks with a tool: a code that only the tool knows, and questions beside it that need no tool."""
+"""Tasks with a tool: the code of a pair of words that only the tool knows, and questions that need no tool."""
 
 import random
 from typing import Any
@@ -6,22 +6,25 @@ from typing import Any
 import msgspec
 
 from pensar.tasks.instructions import NAMES, instruction
-from pensar.tasks.task import Task, task_id
+from pensar.tasks.task import Split, Task, split_of, task_id
 
 LOOKUP: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "lookup",
-        "description": "Find the code of a word",
-        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
+        "description": "Find the code of two words",
+        "parameters": {"type": "object", "properties": {"words": {"type": "string"}}, "required": ["words"]},
     },
 }
 
 
-def tool_task(rng: random.Random) -> Task:
-    """Three in four need one call of the tool; the fourth must be answered without it."""
+def tool_task(rng: random.Random, split: Split) -> Task:
+    """Three in four need one call of the tool; the fourth must be answered without it.
+
+    The split holds for the pair of words that is looked up.
+    """
     if rng.random() < 0.25:
-        request = instruction(rng)
+        request = instruction(rng, split)
         return msgspec.structs.replace(
             request,
             id=task_id("tools", request.prompt),
@@ -29,18 +32,25 @@ def tool_task(rng: random.Random) -> Task:
             tools=(LOOKUP,),
             verifier="tool",
         )
-    name, code = rng.choice(NAMES), str(rng.randrange(10, 100))
-    prompt = f"What is the code of {name}?"
+    while True:
+        task = _lookup(rng)
+        if split_of(task.prompt) == split:
+            return task
+
+
+def _lookup(rng: random.Random) -> Task:
+    words, code = " ".join(rng.sample(NAMES, 2)), str(rng.randrange(10, 100))
+    prompt = f"What is the code of {words}?"
     return Task(
         id=task_id("tools", f"{prompt} {code}"),
         family="tools",
         prompt=prompt,
         answer=code,
-        solution=f"lookup {name}",
+        solution=f"lookup {words}",
         verifier="tool",
-        arguments={"call": {"name": "lookup", "arguments": {"word": name}}},
+        arguments={"call": {"name": "lookup", "arguments": {"words": words}}},
         tools=(LOOKUP,),
-        environment={name: code},
+        environment={words: code},
     )
 
 
@@ -48,4 +58,4 @@ def respond(task: Task, name: str, arguments: dict[str, Any]) -> str:
     """What the environment answers to a call: the value, or an error as text, as a real tool would."""
     if name != "lookup":
         return f"error: there is no tool {name}"
-    return task.environment.get(str(arguments.get("word")), "error: unknown word")
+    return task.environment.get(str(arguments.get("words")), "error: unknown words")
