@@ -2,9 +2,10 @@
 
     python -m benchmarks.tiny [--quick] [--seeds 1 2 3] [--root runs]
 
-Each seed is a run of its own under ROOT/seed-N, from raw documents to the report; runs that are done are read, not made
-again. `ours` is the median of the seeds; there is no peer that does the whole of it. `target` is what the recipe aims
-at, `reached` says whether the median does, and `values` has every seed.
+Each seed is a run of its own under ROOT/seed-N, from raw documents to the report, with its own initial weights and its
+own problems to learn and to be asked; runs that are done are read, not made again. `ours` is the median of the seeds;
+there is no peer that does the whole of it. `target` is what the recipe aims at, `reached` says whether the median
+does, and `values` has every seed.
 """
 
 import argparse
@@ -61,8 +62,9 @@ def main() -> None:
 
 def report_of(recipe: Path, seed: int, root: Path) -> Report:
     """Runs the recipe with the seed, or goes on where it stopped, and reads its report."""
-    command = ["run", str(recipe), "--root", str(root), "--set", f"seed={seed}", "--quiet"]
-    subprocess.run([sys.executable, "-m", "pensar", *command], check=True, stdout=sys.stderr)
+    command = ["run", str(recipe), "--root", str(root), "--quiet"]
+    seeded = ["--set", f"seed={seed}", "--set", f"tasks.seed={seed}"]
+    subprocess.run([sys.executable, "-m", "pensar", *command, *seeded], check=True, stdout=sys.stderr)
     found: Report = json.loads((root / load(recipe).name / "report" / "report.json").read_text())
     return found
 
