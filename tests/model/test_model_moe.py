@@ -9,7 +9,14 @@ from torch.nn import functional as F
 
 from pensar.model import moe
 from pensar.model.attention import Packed
-from pensar.model.moe import SparseMLP, balance_loss, expert_counts, grouped, routings
+from pensar.model.moe import (
+    SparseMLP,
+    balance_loss,
+    expert_counts,
+    grouped,
+    router_z_loss,
+    routings,
+)
 
 
 @pytest.fixture
@@ -86,14 +93,15 @@ def test_balance_loss_is_the_formula_over_each_layer(build):
 
 
 def test_balance_loss_is_one_at_balance_and_experts_over_k_at_collapse():
-    even = moe.Routing(torch.full((8, 4), 0.25), torch.full((4,), 4), torch.zeros(8, 2, dtype=torch.long))
+    chosen, log_z = torch.zeros(8, 2, dtype=torch.long), torch.zeros(8)
+    even = moe.Routing(torch.full((8, 4), 0.25), torch.full((4,), 4), chosen, log_z)
     collapsed = moe.Routing(
-        torch.tensor([[0.5, 0.5, 0.0, 0.0]]).repeat(8, 1), torch.tensor([8, 8, 0, 0]), even.chosen
+        torch.tensor([[0.5, 0.5, 0.0, 0.0]]).repeat(8, 1), torch.tensor([8, 8, 0, 0]), chosen, log_z
     )
     assert float(balance_loss([even], expert_counts([even]))) == pytest.approx(1.0)
     assert float(balance_loss([collapsed], expert_counts([collapsed]))) == pytest.approx(2.0)
     # Two half-collapsed layers do not excuse each other.
-    other = moe.Routing(collapsed.probabilities.flip(1), collapsed.counts.flip(0), even.chosen)
+    other = moe.Routing(collapsed.probabilities.flip(1), collapsed.counts.flip(0), chosen, log_z)
     layers = [collapsed, other]
     assert float(balance_loss(layers, expert_counts(layers))) == pytest.approx(2.0)
 
@@ -139,6 +147,25 @@ def test_counts_of_another_batch_do_not_change_the_scale(layer):
     counts = expert_counts([layer.routing])
     exact = balance_loss([layer.routing], counts)
     torch.testing.assert_close(balance_loss([layer.routing], counts * 3, num_tokens=16), exact)
+
+
+def test_router_z_loss_is_the_formula_and_so_is_its_gradient(layer):
+    """ST-MoE, equation 5; d/dx_e of log^2 Z is 2 log Z p_e."""
+    x = torch.randn(20, 48) * 3
+    real = torch.ones(20, dtype=torch.bool)
+    real[13:] = False
+    layer(x)
+    loss = router_z_loss([layer.routing], real_N=real, num_tokens=26)
+    weight, tokens = layer.gate.weight.detach().double().numpy(), x[:13].double().numpy()
+    logits = tokens @ weight.T
+    log_z = np.log(np.exp(logits).sum(1))
+    assert float(loss.detach()) == pytest.approx((log_z**2).sum() / 26, rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, layer.gate.weight)
+    expected = (2 * log_z[:, None] * np.exp(logits - log_z[:, None])).T @ tokens / 26
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-4, atol=1e-4)
+    layer(x)
+    alone = router_z_loss([layer.routing, layer.routing], real_N=real)
+    assert float(alone.detach()) == pytest.approx((log_z**2).mean(), rel=1e-5)
 
 
 def test_routing_is_kept_in_training_only(layer):

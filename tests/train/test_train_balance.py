@@ -1,17 +1,23 @@
 """The load-balancing loss of sparse models: over the global batch, whatever its spread over ranks and micro-batches."""
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import train_work
 
+from pensar.base.progress import Progress
 from pensar.base.ranks import Crew, World
 from pensar.model.attention import Packed
 from pensar.model.moe import routings
 from pensar.model.qwen3 import Qwen3
 from pensar.text.packing import Batch, collate
 from pensar.text.sample import Sample
-from pensar.train.balance import Balance
+from pensar.train.balance import Balance, ExpertUse
+from pensar.train.loop import LoopConfig, Place, fit
 from pensar.train.loss import LossConfig, batch_loss
 from pensar.train.optimizer import Optimizer, OptimizerConfig
 from pensar.train.step import train_step
@@ -130,12 +136,127 @@ def test_shares_of_later_micro_batches_are_those_of_the_step_so_far(pair: Crew) 
     assert shared[0][0]["balance"] == pytest.approx(alone[0][0]["balance"], rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def four() -> Iterator[Crew]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        with Crew(ranks=4, threads=1) as crew:
+            yield crew
+
+
+def unlike(num: int = 4) -> Batch:
+    """Rows that each speak of other tokens, so that they prefer other experts; nothing to predict but the balance."""
+    rng = np.random.default_rng(5)
+    samples = [
+        Sample(tokens=rng.integers(75 * n, 75 * n + 9, 24 - 3 * n).astype(np.int32)) for n in range(num)
+    ]
+    return collate([[sample] for sample in samples], length=26)
+
+
+def parts_of(whole: Batch, size: int) -> list[Batch]:
+    return [whole.rows(slice(start, start + size)) for start in range(0, len(whole.tokens), size)]
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_step_s_gradient_is_the_whole_batch_s_however_it_is_spread(
+    pair: Crew, four: Crew, dtype: torch.dtype
+) -> None:
+    """Four micro-batches on one rank, one on four ranks, two on two; other forms of the loss have other gradients."""
+    whole, config = unlike(), LossConfig(router_z_loss=0.01)
+    metrics, expected = train_work.gradient(World(), HEAVY, [whole], config, dtype)
+    for crew, batches in ((Crew(), parts_of(whole, 1)), (four, [whole]), (pair, parts_of(whole, 2))):
+        found, gradient = crew.call(train_work.gradient, HEAVY, batches, config, dtype)
+        assert off(gradient, expected) < 1e-6
+        assert found == pytest.approx(metrics, rel=1e-6)
+
+
+def test_running_shares_and_those_of_micro_batches_have_other_gradients() -> None:
+    whole, config = unlike(), LossConfig()
+    parts = parts_of(whole, 1)
+    _, expected = train_work.gradient(World(), HEAVY, [whole], config, torch.float32)
+    running, found = train_work.gradient(
+        World(), HEAVY, parts, LossConfig(exact_balance=False), torch.float32
+    )
+    assert off(found, expected) > 0.1
+    exact, found = train_work.gradient(World(), HEAVY, parts, config, torch.float32)
+    assert off(found, expected) < 1e-6
+    for name in ("expert_overload", "expert_entropy", "dead_experts"):
+        assert running[name] == exact[name], "the step's counts are whole at its end in either form"
+    model = tiny_model(**HEAVY)
+    alone = torch.zeros_like(expected)
+    for part in parts:
+        alone += 0.5 * gradients(evenness(model, part), model) * part.num_tokens / whole.num_tokens
+    assert off(alone, expected) > 0.1
+
+
+def test_counting_beforehand_changes_nothing_but_the_balance_loss() -> None:
+    batch = rows(6, 9, 4)
+    light = SPARSE | {"router_balance_weight": 0.0}
+    arguments = (light, parts_of(batch, 1), LossConfig(), torch.float32)
+    _, whole = train_work.gradient(World(), light, [batch], LossConfig(), torch.float32)
+    metrics, found = train_work.gradient(World(), *arguments)
+    assert off(found, whole) < 1e-6
+    assert metrics["expert_entropy"] > 0
+
+
+def test_metrics_of_the_experts_are_the_formulas_over_the_step_s_counts() -> None:
+    """Overload: the largest share over the mean share, less one (arXiv 2408.15664); entropy over its maximum."""
+    config = tiny_model(**SPARSE).config
+    balance = Balance(config, 12, World())
+    balance.settle(torch.tensor([[6.0, 6.0, 12.0, 0.0], [6.0, 6.0, 6.0, 6.0]]))
+    entropy = -(0.25 * np.log(0.25) * 2 + 0.5 * np.log(0.5)) / np.log(4)
+    assert balance.metrics() == pytest.approx(
+        {"expert_overload": 1.0, "expert_entropy": (entropy + 1) / 2, "dead_experts": 1.0}
+    )
+    model, parts = tiny_model(**HEAVY), parts_of(unlike(), 2)
+    use = ExpertUse(steps=1)
+    metrics = train_step(model, Optimizer(model, OptimizerConfig()), parts, 1.0, World(), CONFIG, use=use)
+    counts = use.state_dict()["counts"].numpy()
+    model = tiny_model(**HEAVY)
+    by_hand = np.zeros((2, 4))
+    for part in parts:
+        evenness(model, part)
+        for number, layer in enumerate(routings(model)):
+            for experts in layer.chosen.numpy()[part.segments.flatten() != 0]:
+                by_hand[number, experts] += 1
+    assert (counts == by_hand).all()
+    shares = by_hand / by_hand.sum(1, keepdims=True)
+    assert metrics["expert_overload"] == pytest.approx((shares * 4 - 1).max())
+    assert metrics["dead_experts"] == (by_hand == 0).sum()
+
+
+def test_the_artifact_tells_each_layer_s_shares_over_the_last_steps(tmp_path: Path) -> None:
+    seen: list[np.ndarray] = []
+    model = tiny_model(**HEAVY)
+    config = LoopConfig(steps=20, checkpoint_every=7, optimizer=OptimizerConfig(lr=0.02))
+
+    def batches_of(step: int) -> list[Batch]:
+        if step >= 18:
+            batch = rows(6, 9, seed=step)
+            evenness(model, batch)
+            real = batch.segments.flatten() != 0
+            chosen = [layer.chosen.numpy()[real].ravel() for layer in routings(model)]
+            seen.append(np.stack([np.bincount(experts, minlength=4) for experts in chosen]))
+        return [rows(6, 9, seed=step)]
+
+    place = Place(tmp_path, tmp_path / "logs", World(), Progress())
+    fit(model, batches_of, config, place, name="sparse")
+    content = json.loads((tmp_path / "experts.json").read_bytes())
+    counts = sum(seen)
+    assert content["steps"] == [18, 20]
+    np.testing.assert_allclose(content["shares"], counts / counts.sum(1, keepdims=True), atol=1e-6)
+
+
 def test_dense_models_and_evaluation_mode_have_no_balance_term() -> None:
     batch = rows(4, 5)
     dense = train_step(
         tiny_model(), Optimizer(tiny_model(), OptimizerConfig()), [batch], 1.0, World(), CONFIG
     )
-    assert "balance" not in dense
+    assert not {"balance", "expert_overload"} & set(dense)
     frozen = tiny_model(**HEAVY).eval()
     metrics = train_step(frozen, Optimizer(frozen, OptimizerConfig()), [batch], 1.0, World(), CONFIG)
     assert "balance" not in metrics

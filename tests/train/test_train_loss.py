@@ -70,6 +70,29 @@ def test_cross_entropy_is_torch_s_own_with_weights() -> None:
     assert totals.tokens == 21
 
 
+def test_the_z_loss_is_the_weighted_mean_of_the_squared_log_denominators() -> None:
+    """PaLM, section 5, in float64; its gradient in a logit is 2 log Z p."""
+    model, rows = tiny_model().double(), batch("ce", "pg", "behaviour")
+    normalisers = weights_of([rows], World())
+    plain, none = batch_loss(model, rows, normalisers, CONFIG)
+    tokens, positions = torch.from_numpy(rows.tokens).long(), torch.from_numpy(rows.positions).long()
+    logits = model.logits(model(tokens, positions, Packed(torch.from_numpy(rows.segments))))[:, :-1]
+    weights = rows.ce[:, 1:]
+    log_z = np.log(np.exp(logits.detach().numpy()).sum(-1))
+    expected = (weights * log_z**2).sum() / weights.sum()
+    for chunk_tokens in (8_192, 3):
+        loss, totals = batch_loss(model, rows, normalisers, LossConfig(z_loss=0.2, chunk_tokens=chunk_tokens))
+        assert loss.item() - plain.item() == pytest.approx(0.2 * expected, rel=1e-6)
+        assert totals.z / totals.ce_weight == pytest.approx(expected, rel=1e-6)
+        by_hand = 2 * log_z[..., None] * np.exp(logits.detach().numpy() - log_z[..., None])
+        by_hand *= (0.2 * weights / weights.sum())[..., None]
+        term = (logits * torch.from_numpy(by_hand)).sum()
+        whole = gradients(plain, model) + gradients(term, model)
+        # The norms divide in float32 whatever the model's type.
+        assert (gradients(loss, model) - whole).norm() < 1e-6 * whole.norm()
+    assert none.z == 0
+
+
 def test_padding_and_first_tokens_have_no_say() -> None:
     model, rows = tiny_model(), batch("ce")
     before, _ = batch_loss(model, rows, (1.0, 1.0, 1.0), CONFIG)

@@ -65,6 +65,17 @@ def test_micro_batches_do_what_the_whole_batch_does() -> None:
     assert metrics[0] == pytest.approx(cut_metrics[0], abs=1e-5, rel=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, SPARSE], ids=["dense", "sparse"])
+def test_two_runs_on_the_same_ranks_agree_in_every_bit(pair: Crew, changes: dict[str, object]) -> None:
+    work = [[rows(3, 3 * n, "ce"), rows(2, 3 * n + 1, "ce")] for n in range(3)]
+    arguments = (changes, work, LossConfig(z_loss=1e-3, router_z_loss=1e-2), OptimizerConfig(), False)
+    metrics, parameters = pair.call(train_work.steps, *arguments)
+    again, repeated = pair.call(train_work.steps, *arguments)
+    assert metrics == again
+    assert torch.equal(parameters, repeated)
+    assert ("expert_overload" in metrics[0]) == bool(changes)
+
+
 def test_every_row_has_one_rank() -> None:
     batch = rows(5, 0, "ce")
     shares = [share(batch, World(rank, 3)) for rank in range(3)]
@@ -128,7 +139,7 @@ def test_a_killed_run_goes_on_to_the_very_same_bytes(
         for folder in ("whole", "cut")
     ]
     assert files[0] == files[1]
-    assert set(files[0]) == {"metrics.jsonl"}
+    assert set(files[0]) == {"metrics.jsonl"} | ({"experts.json"} if changes else set())
     assert files[0]["metrics.jsonl"].count(b"\n") == 6
     assert not again.training
 

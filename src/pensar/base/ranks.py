@@ -41,6 +41,11 @@ class World:
         self.size = size
         self._group = group
 
+    @property
+    def group(self) -> Any:
+        """The process group behind it; None for one rank alone."""
+        return self._group
+
     def all_reduce_(self, tensor: "torch.Tensor") -> "torch.Tensor":
         """Replaces `tensor` (same shape and type on every rank) by its sum over the ranks."""
         if self.size > 1:

@@ -1,4 +1,4 @@
-"""SparseMLP: the mixture of experts of Qwen3-MoE, and the load-balancing loss over the global batch.
+"""SparseMLP: the mixture of experts of Qwen3-MoE, and the router's losses over the global batch.
 
 The router is a softmax in float32 over all experts; the k best are renormalised and no token is dropped.
 Shape legend: N tokens, D hidden, E experts, I expert width, k experts per token, M = N k, L layers.
@@ -23,6 +23,8 @@ class Routing(NamedTuple):
     """[E]: tokens sent to each expert, padding included."""
     chosen: Tensor
     """[N, k]: the experts of each token."""
+    log_z: Tensor
+    """[N]: log of the softmax's denominator, float32, with its gradient."""
 
 
 class Experts(nn.Module):
@@ -36,8 +38,13 @@ class Experts(nn.Module):
 
     def forward(self, sorted_x_MD: Tensor, counts_E: Tensor) -> Tensor:
         """SwiGLU of rows that are sorted by expert."""
-        gate, up = grouped(sorted_x_MD, self.gate_up_proj, counts_E).chunk(2, dim=-1)
-        return grouped(F.silu(gate) * up, self.down_proj, counts_E)
+        return swiglu(sorted_x_MD, counts_E, self.gate_up_proj, self.down_proj)
+
+
+def swiglu(sorted_x_MD: Tensor, counts_E: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor) -> Tensor:
+    """SwiGLU of rows that are sorted by expert, each with its expert's weights: [M, D] -> [M, D]."""
+    gate, up = grouped(sorted_x_MD, gate_up_E2ID, counts_E).chunk(2, dim=-1)
+    return grouped(F.silu(gate) * up, down_EDI, counts_E)
 
 
 class SparseMLP(nn.Module):
@@ -58,13 +65,17 @@ class SparseMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_ND = x.reshape(-1, x.shape[-1])
-        probabilities_NE = F.linear(x_ND.float(), self.gate.weight.float()).softmax(-1)
+        logits_NE = F.linear(x_ND.float(), self.gate.weight.float())
+        probabilities_NE = logits_NE.softmax(-1)
         weights_Nk, chosen_Nk = probabilities_NE.topk(self.k, dim=-1)
         if self.norm_topk_prob:
             weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdim=True)
         order_M = chosen_Nk.flatten().argsort(stable=True)
         counts_E = torch.bincount(chosen_Nk.flatten(), minlength=self.num_experts)
-        self.routing = Routing(probabilities_NE, counts_E, chosen_Nk) if self.training else None
+        self.routing = None
+        if self.training:
+            log_z_N = _log_z(logits_NE, probabilities_NE, chosen_Nk[:, 0])
+            self.routing = Routing(probabilities_NE, counts_E, chosen_Nk, log_z_N)
         token_M = order_M // self.k
         out_MD = self.experts(x_ND[token_M], counts_E) * weights_Nk.flatten()[order_M, None].to(x.dtype)
         return torch.zeros_like(x_ND).index_add(0, token_M, out_MD).view_as(x)
@@ -132,5 +143,25 @@ def balance_loss(
     return counts_LE.shape[-1] * (frequency_LE * probability_LE).sum(-1).mean()
 
 
-def _kept(probabilities_NE: Tensor, real_N: Tensor | None) -> Tensor:
-    return probabilities_NE if real_N is None else probabilities_NE[real_N]
+def router_z_loss(
+    layers: Sequence[Routing], *, num_tokens: float | None = None, real_N: Tensor | None = None
+) -> Tensor:
+    """Mean over tokens and layers of (log sum_e exp x_e)^2 of the router's logits x (arXiv 2202.08906, equation 5).
+
+    `num_tokens` is the size of the global batch, so that the parts of micro-batches and processes add up; None for
+    that of this forward pass.
+    """
+    squares_LN = torch.stack([_kept(layer.log_z, real_N).square() for layer in layers])
+    return squares_LN.sum() / (len(layers) * (squares_LN.shape[1] if num_tokens is None else num_tokens))
+
+
+def _log_z(logits_NE: Tensor, probabilities_NE: Tensor, best_N: Tensor) -> Tensor:
+    """x_e - log p_e at the best expert: unlike logsumexp it keeps no [N, E] for the backward pass beyond what
+    softmax keeps, and p_e is at least 1 / E."""
+    rows_N = torch.arange(len(best_N), device=best_N.device)
+    return logits_NE[rows_N, best_N] - probabilities_NE[rows_N, best_N].log()
+
+
+def _kept(values_N: Tensor, real_N: Tensor | None) -> Tensor:
+    """Of the tokens that count; [N, ...]."""
+    return values_N if real_N is None else values_N[real_N]

@@ -1,12 +1,15 @@
 """The training loop: steps, metrics and checkpoints, from wherever a crash left it."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 from pensar.base.config import Config
+from pensar.base.errors import ConfigError
 from pensar.base.metrics import Metrics
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
@@ -15,13 +18,17 @@ from pensar.model.weights import save_model
 from pensar.text.packing import Batch
 from pensar.text.tokenizer import Tokenizer
 from pensar.train import checkpoint
+from pensar.train.average import Average, AverageConfig
+from pensar.train.balance import ExpertUse
+from pensar.train.guard import BadStep, Guard, GuardConfig
 from pensar.train.loss import LossConfig
 from pensar.train.optimizer import Optimizer, OptimizerConfig
+from pensar.train.recompute import Recompute, recomputed
 from pensar.train.schedule import ScheduleConfig, rate
 from pensar.train.step import train_step
 
 BatchesOf = Callable[[int], list[Batch]]
-"""Step -> its micro-batches: a pure function, so that any step can be run again."""
+"""Data step -> its micro-batches: a pure function, so that any step can be run again."""
 
 
 class LoopConfig(Config, frozen=True, kw_only=True):
@@ -32,6 +39,11 @@ class LoopConfig(Config, frozen=True, kw_only=True):
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
     checkpoint_every: int = 50
+    guard: GuardConfig = GuardConfig()
+    average: AverageConfig = AverageConfig()
+    recompute: Recompute = "none"
+    """What the backward pass computes again to save memory: blocks whole (`full`), or all of them but products and
+    attention (`selective`)."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,14 @@ class Place:
         return Metrics(self.out, self.logs) if self.world.rank == 0 else None
 
 
+class Part(Protocol):
+    """Whatever beside model and optimiser must be as it was when a run goes on from a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 def loop(
     model: Qwen3,
     optimizer: Optimizer,
@@ -58,29 +78,58 @@ def loop(
     name: str,
     shown: Sequence[str],
     on_start: Callable[[int], None] | None = None,
+    guard: Guard | None = None,
+    parts: Mapping[str, Part] | None = None,
 ) -> None:
     """Takes `config.steps` steps; a killed run goes on from its last checkpoint with the same result.
 
     `take(step)` updates the model and returns the step's metrics, `tokens` among them; `shown` names those beside the
-    progress bar. `on_start(first)` is called on rank 0 with the step that this attempt begins at.
+    progress bar. `on_start(first)` is called on rank 0 with the step that this attempt begins at, also after a
+    rewind. `guard` is what `take` judges its steps and finds its data by; without one a bad step ends the stage.
+    `parts` are kept in the checkpoints by their names.
     """
-    first, _ = checkpoint.resume(place.out, model, optimizer)
-    with place.metrics() or nullcontext() as metrics, place.progress.track(name, config.steps) as progress:
-        if metrics:
-            metrics.rewind(first - 1)
-            if on_start:
-                on_start(first)
-        progress.advance(first)
-        for step in range(first, config.steps):
+    if guard is None and config.guard != GuardConfig():
+        raise ConfigError(
+            f"{name}: guard is set, and this stage makes its data by its own model, so that it can only stop at a bad "
+            "step; leave guard out"
+        )
+    average = Average(model, config.average, config.steps, config.checkpoint_every)
+    kept: dict[str, Part] = {"average": average, **(parts or {})}
+    if guard:
+        kept["guard"] = guard
+    save = partial(_save, model, optimizer, place, kept)
+    restore = partial(_restore, model, optimizer, place, kept)
+    step = restore()
+    if guard and config.guard.on_bad_step == "rewind" and step == 0:
+        save(0)
+    with (
+        place.metrics() or nullcontext() as metrics,
+        place.progress.track(name, config.steps) as progress,
+        recomputed(model, config.recompute),
+    ):
+        _begin(step, place, metrics, guard, on_start)
+        progress.advance(step)
+        while step < config.steps:
             started = time.perf_counter()
-            values = take(step)
+            try:
+                values = take(step)
+            except BadStep as bad:
+                if guard is None or config.guard.on_bad_step == "stop":
+                    raise
+                before, step = step, _leave(guard, step, bad, restore)
+                _begin(step, place, metrics, guard, on_start)
+                progress.advance(step - before)
+                continue
             if metrics:
                 metrics.log(step, **values)
                 seconds = time.perf_counter() - started
                 metrics.timing(step, seconds=seconds, tokens_per_second=values["tokens"] / seconds)
+            step += 1
             progress.advance(1, **{key: values[key] for key in shown if key in values})
-            if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-                checkpoint.save(place.out, model, optimizer, step + 1, place.world)
+            average.update(step)
+            if step % config.checkpoint_every == 0 and step < config.steps:
+                save(step)
+    average.apply()
 
 
 def fit(
@@ -92,17 +141,31 @@ def fit(
     name: str,
     teacher: Qwen3 | None = None,
 ) -> None:
-    """Trains on given batches."""
+    """Trains on given batches; the artifact tells what data was skipped and how the experts of a sparse model share."""
     optimizer = Optimizer(model, config.optimizer)
+    guard, use = Guard(config.guard), ExpertUse(config.steps)
 
     def take(step: int) -> dict[str, float]:
         scale = rate(config.schedule, step, config.steps)
-        values = train_step(model, optimizer, batches_of(step), scale, place.world, config.loss, teacher)
+        values = train_step(
+            model,
+            optimizer,
+            batches_of(guard.data_step(step)),
+            scale,
+            place.world,
+            config.loss,
+            teacher,
+            judge=guard.judge,
+            use=use if step >= use.first else None,
+        )
         return values | {"lr": scale * config.optimizer.lr}
 
     model.train()
-    loop(model, optimizer, config, place, take, name=name, shown=("loss", "divergence"))
+    shown, parts = ("loss", "divergence"), {"experts": use}
+    loop(model, optimizer, config, place, take, name=name, shown=shown, guard=guard, parts=parts)
     model.eval()
+    if place.world.rank == 0:
+        use.write(place.out)
 
 
 def finish(model: Qwen3, tokenizer: Tokenizer, place: Place) -> None:
@@ -111,3 +174,48 @@ def finish(model: Qwen3, tokenizer: Tokenizer, place: Place) -> None:
         save_model(model, place.out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         tokenizer.save(place.out)
     checkpoint.discard(place.out, place.world)
+
+
+def _save(model: Qwen3, optimizer: Optimizer, place: Place, kept: Mapping[str, Part], step: int) -> None:
+    extra = {name: part.state_dict() for name, part in kept.items()}
+    checkpoint.save(place.out, model, optimizer, step, place.world, **extra)
+
+
+def _restore(model: Qwen3, optimizer: Optimizer, place: Place, kept: Mapping[str, Part]) -> int:
+    """Everything as the last checkpoint holds it; returns the number of finished steps."""
+    step, extra = checkpoint.resume(place.out, model, optimizer)
+    for name, part in kept.items():
+        if name in extra:
+            part.load_state_dict(extra[name])
+    return step
+
+
+def _begin(
+    step: int,
+    place: Place,
+    metrics: Metrics | None,
+    guard: Guard | None,
+    on_start: Callable[[int], None] | None,
+) -> None:
+    """Rank 0 drops from the artifact what was written after `step`."""
+    if metrics:
+        metrics.rewind(step - 1)
+    if place.world.rank == 0 and guard:
+        guard.write(place.out)
+    if place.world.rank == 0 and on_start:
+        on_start(step)
+
+
+def _leave(guard: Guard, step: int, bad: BadStep, restore: Callable[[], int]) -> int:
+    """Leaves the data of a bad step behind; returns the step to go on with.
+
+    What was skipped since the checkpoint is not known to it, and stays skipped.
+    """
+    if guard.config.on_bad_step == "skip":
+        guard.skip(step, step, bad)
+        return step
+    skipped = guard.skipped
+    back_to = restore()
+    guard.skipped = skipped
+    guard.skip(back_to, step, bad)
+    return back_to

@@ -1,25 +1,29 @@
 """The one loss: cross-entropy, policy gradient and divergence from a teacher, each with per-token weights.
 
-    loss = sum_t ce_t * -log p(x_t) / W_ce
+    loss = sum_t ce_t * (-log p(x_t) + z_loss * log^2 Z_t) / W_ce
          + sum_t (pg_t-surrogate(ratio_t) - entropy_bonus * H_t) / W_pg
          + sum_t kl_t * KL(teacher || model)_t / W_kl
-         + router_balance_weight * balance
+         + router_balance_weight * balance + router_z_loss * router_z
 
-where a stream is absent its term is; the last term is that of a mixture of experts in training mode.
+where a stream is absent its term is; Z_t is the softmax's denominator; the last line is that of a mixture of experts
+in training mode.
 Logits are computed in chunks of tokens that carry weight, with the chunk's graph recomputed in the backward pass, so
 that a full [tokens, vocabulary] matrix is never held.
 Shape legend: N tokens that carry weight, D hidden, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple, overload
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pensar.base.config import Config
 from pensar.base.ranks import World
-from pensar.model.attention import Packed
+from pensar.model.attention import Attend, Packed
 from pensar.model.moe import routings
 from pensar.model.qwen3 import Qwen3
 from pensar.text.packing import Batch
@@ -37,6 +41,14 @@ class LossConfig(Config, frozen=True, kw_only=True):
     reverse_kl: bool = False
     """KL(model || teacher) in place of KL(teacher || model)."""
     chunk_tokens: int = 8_192
+    z_loss: float = 0.0
+    """Weight of log^2 Z of the output softmax, over the cross-entropy's tokens and weights (PaLM, arXiv 2204.02311,
+    section 5: 1e-4)."""
+    router_z_loss: float = 0.0
+    """Weight of log^2 Z of the routers, mean over tokens and layers (ST-MoE, arXiv 2202.08906, equation 5: 1e-3)."""
+    exact_balance: bool = True
+    """With several micro-batches a step, count the experts' shares of the whole step in a forward pass beforehand, a
+    third more compute. False takes the shares of the step so far, whose gradient is not that of the whole batch."""
 
 
 @dataclass
@@ -55,6 +67,10 @@ class Totals:
     """Sum of |log p - behaviour log p| over policy-gradient tokens: zero up to rounding when on policy."""
     balance: float = 0.0
     """Load-balancing loss of the experts before its weight: 1 where all share the tokens evenly."""
+    z: float = 0.0
+    """Sum of ce_t log^2 Z_t; 0 where z_loss is off."""
+    router_z: float = 0.0
+    """Router z-loss before its weight; 0 where it is off."""
     tokens: int = 0
 
     def tensor(self) -> Tensor:
@@ -82,6 +98,32 @@ class Targets:
         return Targets(**parts)  # type: ignore[arg-type]  # None only for the teacher
 
 
+class Inputs(NamedTuple):
+    """What one rank's model takes of a batch: all of it, or the columns of each row that are its part of a context."""
+
+    tokens: Tensor
+    positions: Tensor
+    attend: Attend
+    real_N: Tensor
+    """[B t], False for padding."""
+    columns: Tensor | None = None
+    """Which columns [t] of the batch's rows these are; None for all."""
+
+    def hidden(self, model: Qwen3) -> Tensor:
+        """Last hidden states [B, t, D]."""
+        states: Tensor = model(self.tokens, self.positions, self.attend)
+        return states
+
+
+def inputs_of(batch: Batch, device: torch.device | None = None) -> Inputs:
+    """A whole batch, with attention within its segments."""
+    tokens, positions, segments = (
+        torch.from_numpy(values).to(device).long()
+        for values in (batch.tokens, batch.positions, batch.segments)
+    )
+    return Inputs(tokens, positions, Packed(segments), (segments != 0).flatten())
+
+
 def weights_of(batches: list[Batch], world: World) -> tuple[float, float, float]:
     """Normalisers (W_ce, W_pg, W_kl) of a step over all its micro-batches and ranks; W_pg counts tokens."""
     sums = torch.zeros(3, dtype=torch.float64)
@@ -102,18 +144,45 @@ def batch_loss(
     config: LossConfig,
     teacher: Qwen3 | None = None,
     balance: Balance | None = None,
+    inputs: Inputs | None = None,
 ) -> tuple[Tensor, Totals]:
-    """This batch's share of the step's loss, and the sums behind it; `balance` is for sparse models in training."""
-    tokens, positions = torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.positions).long()
-    attend = Packed(torch.from_numpy(batch.segments))
-    hidden = model(tokens, positions, attend)
+    """This batch's share of the step's loss, and the sums behind it; `balance` is for sparse models in training.
+
+    `inputs` is what this rank computes of the batch; None for all of it.
+    """
+    inputs = inputs or inputs_of(batch)
+    hidden = inputs.hidden(model)
     taught = None
     if teacher is not None and batch.kl is not None:
         with torch.no_grad():
-            taught = teacher(tokens, positions, attend)
-    targets = _targets(batch, hidden, taught)
+            taught = inputs.hidden(teacher)
+    loss, totals = states_loss(model, hidden, batch, inputs, normalisers, config, teacher, taught)
+    if balance is not None:
+        layers, real_N = routings(model), inputs.real_N
+        evenness = balance.loss(layers, real_N)
+        loss = loss + model.config.router_balance_weight * evenness
+        totals.balance = float(evenness.detach())
+        if config.router_z_loss:
+            router_z = balance.z_loss(layers, real_N)
+            loss = loss + config.router_z_loss * router_z
+            totals.router_z = float(router_z.detach())
+    return loss, totals
+
+
+def states_loss(
+    model: Qwen3,
+    hidden: Tensor,
+    batch: Batch,
+    inputs: Inputs,
+    normalisers: tuple[float, float, float],
+    config: LossConfig,
+    teacher: Qwen3 | None = None,
+    taught: Tensor | None = None,
+) -> tuple[Tensor, Totals]:
+    """The loss of last hidden states [B, t, D], and of a teacher's for the same inputs; without the router's terms."""
+    targets = _targets(batch, hidden, taught, inputs.columns)
     loss = hidden.sum() * 0.0
-    totals = Totals(tokens=int((batch.segments != 0).sum()))
+    totals = Totals(tokens=int(inputs.real_N.sum()))
     num = len(targets.ids)
     for start in range(0, num, config.chunk_tokens):
         chunk = targets.chunk(start, start + config.chunk_tokens)
@@ -125,29 +194,37 @@ def batch_loss(
             )
         loss = loss + part
         _add(totals, sums)
-    if balance is not None:
-        evenness = balance.loss(routings(model), torch.from_numpy(batch.segments != 0).flatten())
-        loss = loss + model.config.router_balance_weight * evenness
-        totals.balance = float(evenness.detach())
     return loss, totals
 
 
-def _targets(batch: Batch, hidden: Tensor, taught: Tensor | None) -> Targets:
-    shape = batch.tokens.shape
-    streams = []
-    for stream in (batch.ce, batch.pg, batch.kl, batch.behaviour):
-        streams.append(torch.zeros(shape) if stream is None else torch.from_numpy(stream))
-    ce, pg, kl, behaviour = (stream[:, 1:] for stream in streams)
-    rows, columns = ((ce != 0) | (pg != 0) | (kl != 0)).nonzero(as_tuple=True)
+def _targets(batch: Batch, hidden: Tensor, taught: Tensor | None, columns: Tensor | None) -> Targets:
+    """What the hidden states [B, t, D] of the given columns predict: the token after each and its weights."""
+    ids = _after(batch.tokens, hidden.device).long()
+    streams = [_after(stream, hidden.device) for stream in (batch.ce, batch.pg, batch.kl, batch.behaviour)]
+    ce, pg, kl, behaviour = (torch.zeros_like(ids, dtype=torch.float32) if x is None else x for x in streams)
+    if columns is not None:
+        ids, ce, pg, kl, behaviour = (x[:, columns] for x in (ids, ce, pg, kl, behaviour))
+    at = ((ce != 0) | (pg != 0) | (kl != 0)).nonzero(as_tuple=True)
     return Targets(
-        states=hidden[rows, columns],
-        teacher=None if taught is None else taught[rows, columns],
-        ids=torch.from_numpy(batch.tokens).long()[rows, columns + 1],
-        ce=ce[rows, columns],
-        pg=pg[rows, columns],
-        kl=kl[rows, columns],
-        behaviour=behaviour[rows, columns],
+        states=hidden[at],
+        teacher=None if taught is None else taught[at],
+        ids=ids[at],
+        ce=ce[at],
+        pg=pg[at],
+        kl=kl[at],
+        behaviour=behaviour[at],
     )
+
+
+@overload
+def _after(values: None, device: torch.device) -> None: ...
+@overload
+def _after(values: NDArray[Any], device: torch.device) -> Tensor: ...
+def _after(values: NDArray[Any] | None, device: torch.device) -> Tensor | None:
+    """The values of the next column; zero after the last one."""
+    if values is None:
+        return None
+    return F.pad(torch.from_numpy(values[:, 1:]), (0, 1)).to(device)
 
 
 def _chunk_loss(
@@ -158,11 +235,15 @@ def _chunk_loss(
     teacher: Qwen3 | None,
 ) -> tuple[Tensor, Tensor]:
     w_ce, w_pg, w_kl = normalisers
-    logits_NV = model.logits(at.states).float()
+    logits_NV = _at_least_float32(model.logits(at.states))
     log_z = logits_NV.logsumexp(-1)
     logprob = logits_NV.gather(1, at.ids[:, None]).squeeze(1) - log_z
     ce = -(at.ce * logprob).sum()
     loss = ce / w_ce
+    z = logits_NV.new_zeros(())
+    if config.z_loss:
+        z = (at.ce * log_z.square()).sum()
+        loss = loss + config.z_loss * z / w_ce
     sampled = at.pg != 0
     pg, clipped, mismatch, entropy = (logits_NV.new_zeros(()) for _ in range(4))
     if bool(sampled.any()):
@@ -180,11 +261,15 @@ def _chunk_loss(
     kl = logits_NV.new_zeros(())
     if teacher is not None and at.teacher is not None:
         with torch.no_grad():
-            teacher_NV = teacher.logits(at.teacher).float()
+            teacher_NV = _at_least_float32(teacher.logits(at.teacher))
         kl = (at.kl * _divergence(logits_NV, log_z, teacher_NV, config.reverse_kl)).sum()
         loss = loss + kl / w_kl
-    sums = [ce, at.ce.sum(), pg, sampled.sum(), kl, at.kl.sum(), entropy, clipped, mismatch]
+    sums = [ce, at.ce.sum(), pg, sampled.sum(), kl, at.kl.sum(), entropy, clipped, mismatch, z]
     return loss, torch.stack([value.detach().double() for value in sums])
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _divergence(logits_NV: Tensor, log_z: Tensor, teacher_NV: Tensor, reverse: bool) -> Tensor:
@@ -197,6 +282,6 @@ def _divergence(logits_NV: Tensor, log_z: Tensor, teacher_NV: Tensor, reverse: b
 
 
 def _add(totals: Totals, sums: Tensor) -> None:
-    names = ("ce", "ce_weight", "pg", "pg_weight", "kl", "kl_weight", "entropy", "clipped", "mismatch")
+    names = ("ce", "ce_weight", "pg", "pg_weight", "kl", "kl_weight", "entropy", "clipped", "mismatch", "z")
     for name, value in zip(names, sums.tolist(), strict=True):
         setattr(totals, name, getattr(totals, name) + value)

@@ -44,12 +44,15 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Optimizer:
-    """The state of both optimisers; `step(scale)` applies the gradients with both learning rates scaled."""
+    """The state of both optimisers.
+
+    A step is `clip`, then `update` with both learning rates scaled; in between the caller may still refuse it.
+    """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
         self.config = config
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        inside = [p for name, p in named if config.muon and p.dim() >= 2 and _is_block_matrix(name)]
+        inside = [p for name, p in named if config.muon and p.dim() >= 2 and is_block_matrix(name)]
         chosen = {id(p) for p in inside}
         rest = [p for _, p in named if id(p) not in chosen]
         self.parameters = [p for _, p in named]
@@ -65,25 +68,39 @@ class Optimizer:
         )
 
     def step(self, scale: float, world: World) -> float:
-        """Clips, updates and clears the gradients; returns the gradient's norm before clipping.
+        """`clip` and `update` in one; returns the gradient's norm before clipping.
 
-        The gradients are the same on every rank of `world`; each rank orthogonalises its share of the matrices.
         Raises RunError, with the parameters as they were, when the gradient is not finite.
         """
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
+        norm = self.clip()
         if not math.isfinite(norm):
             raise RunError(
                 f"the gradient's norm is {norm}; lower the learning rate or look at the batch's data"
             )
+        self.update(scale, world)
+        return norm
+
+    def clip(self) -> float:
+        """Scales the gradients down to the norm that the configuration allows; returns their norm before that."""
+        return float(nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
+
+    def update(self, scale: float, world: World) -> None:
+        """Applies the gradients and clears them.
+
+        They are the same on every rank of `world`; each rank orthogonalises its share of the matrices.
+        """
         for group in self.adamw.param_groups:
             group["lr"] = self.config.adamw_lr * scale
         self.adamw.step()
         with torch.no_grad():
             for matrices, momentum in zip(self.groups, self.momenta, strict=True):
                 self._muon(matrices, momentum, self.config.lr * scale, world)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
-        return norm
 
     def _muon(self, group: list[nn.Parameter], momentum: Tensor, lr: float, world: World) -> None:
         gradients = torch.stack([p.grad if p.grad is not None else torch.zeros_like(p) for p in group])
@@ -111,7 +128,8 @@ class Optimizer:
             mine.copy_(saved)
 
 
-def _is_block_matrix(name: str) -> bool:
+def is_block_matrix(name: str) -> bool:
+    """Whether a parameter of two or more dimensions is Muon's: a matrix inside a block, routers apart."""
     return ".layers." in name and not name.endswith("mlp.gate.weight")
 
 

@@ -22,9 +22,12 @@ from pensar.model.qwen3 import Qwen3, initialize
 from pensar.model.weights import load_model
 from pensar.text.packing import Batch
 from pensar.text.tokenizer import Tokenizer
+from pensar.train.average import AverageConfig
+from pensar.train.guard import GuardConfig
 from pensar.train.loop import LoopConfig, Place, finish, fit
 from pensar.train.loss import LossConfig
 from pensar.train.optimizer import OptimizerConfig
+from pensar.train.recompute import Recompute
 from pensar.train.schedule import ScheduleConfig
 
 
@@ -74,6 +77,9 @@ class PretrainConfig(Config, frozen=True, kw_only=True):
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
     checkpoint_every: int = 50
+    guard: GuardConfig = GuardConfig()
+    average: AverageConfig = AverageConfig()
+    recompute: Recompute = "none"
 
     def loop(self) -> LoopConfig:
         """The loop's part, with the number of steps that `tokens` makes."""
@@ -84,6 +90,9 @@ class PretrainConfig(Config, frozen=True, kw_only=True):
             schedule=self.schedule,
             loss=self.loss,
             checkpoint_every=self.checkpoint_every,
+            guard=self.guard,
+            average=self.average,
+            recompute=self.recompute,
         )
 
 

@@ -1,56 +1,150 @@
-"""One optimiser step over all ranks: share the rows, sum the gradients, refuse what is not finite, update."""
+"""One optimiser step over all ranks: share the rows, sum the gradients, refuse what is bad, update."""
 
-import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor, nn
 
-from pensar.base.errors import RunError
 from pensar.base.ranks import World
+from pensar.model.moe import expert_counts, routings
 from pensar.model.qwen3 import Qwen3
 from pensar.text.packing import Batch
-from pensar.train.balance import Balance
-from pensar.train.loss import LossConfig, Totals, batch_loss, weights_of
-from pensar.train.optimizer import Optimizer
+from pensar.train.balance import Balance, ExpertUse
+from pensar.train.guard import BadStep, refuse_not_finite
+from pensar.train.loss import Inputs, LossConfig, Totals, batch_loss, inputs_of, weights_of
+
+Judge = Callable[[Mapping[str, float]], None]
+"""Raises BadStep when the metrics of a step, the same on all ranks, forbid its update."""
+
+
+class Updates(Protocol):
+    """What a step asks of an optimiser."""
+
+    parameters: list[nn.Parameter]
+
+    def clip(self) -> float: ...
+
+    def update(self, scale: float, world: World) -> None: ...
+
+    def clear(self) -> None: ...
+
+
+class Spread(Protocol):
+    """How the work of a step is spread over ranks."""
+
+    @property
+    def data(self) -> World:
+        """The ranks over which rows are dealt out."""
+        ...
+
+    @property
+    def tokens(self) -> World:
+        """The ranks over which tokens are, each of them on one: those of `data`, and those that split contexts."""
+        ...
+
+    def share(self, batch: Batch) -> Batch | None:
+        """This rank's rows; None where it has none and need not take part."""
+        ...
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """What this rank's model takes of its rows."""
+        ...
+
+    def backward(self, model: Qwen3, batches: Sequence[Batch | None], work: "Work") -> Tensor:
+        """Forward and backward of this rank's part of each micro-batch; returns the `Totals` of all of them."""
+        ...
+
+    def reduce_gradients(self, optimizer: Updates) -> None:
+        """Sums the gradients of all ranks, where the backward pass has not done so."""
+        ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the losses of a step's micro-batches have in common."""
+
+    normalisers: tuple[float, float, float]
+    loss: LossConfig
+    teacher: Qwen3 | None
+    balance: Balance | None
+
+
+class Replicated:
+    """Every rank has the whole model and some of the rows."""
+
+    def __init__(self, world: World) -> None:
+        self.data = self.tokens = world
+
+    def share(self, batch: Batch) -> Batch | None:
+        return share(batch, self.data)
+
+    def inputs(self, batch: Batch) -> Inputs:
+        return inputs_of(batch)
+
+    def backward(self, model: Qwen3, batches: Sequence[Batch | None], work: Work) -> Tensor:
+        return one_by_one(self, model, batches, work)
+
+    def reduce_gradients(self, optimizer: Updates) -> None:
+        reduce_gradients(optimizer, self.data)
 
 
 def train_step(
     model: Qwen3,
-    optimizer: Optimizer,
+    optimizer: Updates,
     batches: list[Batch],
     scale: float,
-    world: World,
+    ranks: World | Spread,
     loss_config: LossConfig,
     teacher: Qwen3 | None = None,
+    *,
+    judge: Judge = refuse_not_finite,
+    use: ExpertUse | None = None,
 ) -> dict[str, float]:
     """Updates the model by the micro-batches of one step, the same list on every rank; returns its metrics.
 
     Each rank computes its rows of every micro-batch. Each loss term is normalised by its weight over the whole
     step, so the update does not depend on how rows are spread over ranks and micro-batches, up to rounding.
+    Raises BadStep on every rank, with the parameters as they were, when `judge` refuses the step. `use` is told the
+    experts' assignments of a step that was taken.
     """
-    mine = [share(batch, world) for batch in batches]
-    normalisers = weights_of([batch for batch in mine if batch is not None], world)
-    balance = None
-    if model.config.num_experts and model.training:
-        balance = Balance(model.config, sum(batch.num_tokens for batch in batches), world)
-    sums = Totals().tensor()
-    for batch in mine:
-        if batch is not None:
-            loss, totals = batch_loss(model, batch, normalisers, loss_config, teacher, balance)
-            loss.backward()
-            sums += totals.tensor()
-        elif balance is not None:
-            balance.absent()
-    reduce_gradients(optimizer, world)
-    world.all_reduce_(sums)
+    spread = Replicated(ranks) if isinstance(ranks, World) else ranks
+    mine = [spread.share(batch) for batch in batches]
+    normalisers = weights_of([batch for batch in mine if batch is not None], spread.data)
+    balance = _balance(model, batches, mine, spread, loss_config)
+    sums = spread.backward(model, mine, Work(normalisers, loss_config, teacher, balance))
+    spread.reduce_gradients(optimizer)
+    spread.tokens.all_reduce_(sums)
     totals = Totals.of(sums)
-    metrics = _means(totals)
-    if not all(math.isfinite(value) for value in metrics.values()):
-        raise RunError(
-            f"the loss is not finite ({metrics}); lower the learning rate or look at the batch's data"
-        )
-    metrics["gradient_norm"] = optimizer.step(scale, world)
+    metrics = _means(totals) | (balance.metrics() if balance else {})
+    metrics["gradient_norm"] = optimizer.clip()
+    try:
+        judge(metrics)
+    except BadStep:
+        optimizer.clear()
+        raise
+    optimizer.update(scale, spread.data)
+    if use is not None and balance is not None:
+        use.add(balance.counts_LE)
     metrics["tokens"] = float(totals.tokens)
     return metrics
+
+
+def one_by_one(spread: Spread, model: Qwen3, batches: Sequence[Batch | None], work: Work) -> Tensor:
+    """Each micro-batch forward and backward before the next; returns their `Totals` as a tensor."""
+    sums = Totals().tensor()
+    for batch in batches:
+        if batch is not None:
+            inputs = spread.inputs(batch)
+            loss, totals = batch_loss(
+                model, batch, work.normalisers, work.loss, work.teacher, work.balance, inputs
+            )
+            loss.backward()
+            sums += totals.tensor()
+        elif work.balance is not None:
+            work.balance.absent()
+    return sums
 
 
 def share(batch: Batch, world: World) -> Batch | None:
@@ -62,7 +156,7 @@ def share(batch: Batch, world: World) -> Batch | None:
     return batch.rows(slice(world.rank, None, world.size))
 
 
-def reduce_gradients(optimizer: Optimizer, world: World) -> None:
+def reduce_gradients(optimizer: Updates, world: World) -> None:
     """Sums the gradients of all ranks in one flat buffer; a rank without rows contributes zeros."""
     if world.size == 1:
         return
@@ -77,6 +171,26 @@ def reduce_gradients(optimizer: Optimizer, world: World) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
+def _balance(
+    model: Qwen3, batches: list[Batch], mine: Sequence[Batch | None], spread: Spread, config: LossConfig
+) -> Balance | None:
+    """The balance of a step about to begin; None for a dense model, and outside training mode."""
+    if not (model.config.num_experts and model.training):
+        return None
+    device = model.model.embed_tokens.weight.device
+    balance = Balance(model.config, sum(batch.num_tokens for batch in batches), spread.tokens, device)
+    if config.exact_balance and len(batches) > 1 and model.config.router_balance_weight:
+        counts_LE = torch.zeros_like(balance.counts_LE)
+        with torch.no_grad():
+            for batch in mine:
+                if batch is not None:
+                    inputs = spread.inputs(batch)
+                    inputs.hidden(model)
+                    counts_LE += expert_counts(routings(model), inputs.real_N)
+        balance.settle(counts_LE)
+    return balance
+
+
 def _means(totals: Totals) -> dict[str, float]:
     metrics: dict[str, float] = {}
     if totals.ce_weight:
@@ -88,6 +202,10 @@ def _means(totals: Totals) -> dict[str, float]:
         metrics["mismatch"] = totals.mismatch / totals.pg_weight
     if totals.kl_weight:
         metrics["divergence"] = totals.kl / totals.kl_weight
+    if totals.z:
+        metrics["z_loss"] = totals.z / totals.ce_weight
     if totals.balance:
         metrics["balance"] = totals.balance
+    if totals.router_z:
+        metrics["router_z_loss"] = totals.router_z
     return metrics

@@ -1,0 +1,1 @@
+"""Training spread over a mesh of ranks: sharded weights, split heads, split contexts, split experts, split depth."""

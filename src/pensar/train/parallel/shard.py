@@ -1,0 +1,91 @@
+"""Sharding: a model on the meta device becomes this rank's part of it, and its weights are filled in by name.
+
+The order is that of torch's own building blocks: tensor parallel, expert parallel, then FSDP2 a block at a time.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from pensar.base.errors import ConfigError
+from pensar.model.moe import SparseMLP
+from pensar.model.qwen3 import Block, Qwen3
+from pensar.train.parallel.expert import split_experts
+from pensar.train.parallel.mesh import Mesh
+from pensar.train.parallel.parts import Window, local_of, window_of
+from pensar.train.parallel.pipeline import cut_depth
+from pensar.train.parallel.tensor import split_tensors
+
+Source = Callable[[str, Window], Tensor]
+"""Parameter's name and window -> its values there."""
+
+
+def shard(model: Qwen3, mesh: Mesh, source: Source, precision: torch.dtype | None = None) -> Qwen3:
+    """Cuts a model that was built on the meta device to this rank's part and fills it from `source`.
+
+    `precision` is the type of forward and backward (bfloat16 on accelerators); weights, gradients' sums and optimiser
+    stay float32. Gradients are sums over the ranks, not means: the loss is divided by the step's weight already.
+    """
+    if mesh.layout.pp > 1:
+        if model.config.num_experts:
+            raise ConfigError(
+                f"pp {mesh.layout.pp} with experts; spread a mixture of experts by ep, shards and context instead"
+            )
+        cut_depth(model, mesh)
+    sparse = [block.mlp for block in _blocks(model) if isinstance(block.mlp, SparseMLP)]
+    if mesh.layout.tp > 1:
+        if sparse:
+            raise ConfigError(
+                f"tp {mesh.layout.tp} with experts; spread a mixture of experts by ep, shards and context instead"
+            )
+        split_tensors(model, mesh.dims["tp"])
+    if mesh.layout.ep > 1:
+        for mlp in sparse:
+            _cut_experts(mlp.experts, mesh)
+            split_experts(mlp.experts, mesh.expert_dims["ep"].get_group())
+    _shard_weights(model, mesh, MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32))
+    model.to_empty(device=mesh.device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            local_of(parameter).copy_(source(name, window_of(parameter)))
+    return model
+
+
+def from_tensors(state: dict[str, Tensor]) -> Source:
+    """The weights of a state that every rank has whole."""
+    return lambda name, window: state[name][window]
+
+
+def _blocks(model: Qwen3) -> Iterator[Block]:
+    for block in model.model.layers:
+        assert isinstance(block, Block)
+        yield block
+
+
+def _cut_experts(experts: nn.Module, mesh: Mesh) -> None:
+    for name, parameter in list(experts.named_parameters()):
+        cut = distribute_tensor(parameter, mesh.expert_dims["ep"], [Shard(0)], src_data_rank=None)
+        experts.register_parameter(name, nn.Parameter(cut))
+
+
+def _shard_weights(model: Qwen3, mesh: Mesh, precision: MixedPrecisionPolicy) -> None:
+    shards = mesh.layout.dp_shard * mesh.layout.cp * mesh.layout.tp // mesh.layout.ep
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        """Along the width where a rank has fewer experts than they are spread over."""
+        return Shard(0 if local_of(parameter).shape[0] >= shards else 1)
+
+    for block in _blocks(model):
+        if mesh.layout.ep > 1 and isinstance(block.mlp, SparseMLP):
+            fully_shard(
+                block.mlp.experts, mesh=mesh.expert_weights, mp_policy=precision, shard_placement_fn=placement
+            )
+        fully_shard(block, mesh=mesh.weights, mp_policy=precision)
+    fully_shard(model, mesh=mesh.weights, mp_policy=precision)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
