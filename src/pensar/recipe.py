@@ -64,6 +64,8 @@ class RuntimeConfig(Config, frozen=True, kw_only=True):
     """Processes that share the work of a stage."""
     threads: int = 1
     """Threads of each; two one-thread processes beat one of two threads on small models."""
+    layout: str = ""
+    """How pre-training spreads the model over the processes, as in `shard=4,tp=2`; empty: each has all of it."""
 
 
 class Data(Config, frozen=True, kw_only=True):

@@ -23,6 +23,7 @@ Call = Callable[..., tuple[int, str, str]]
 class SmallRuntime(Config):
     ranks: int = 1
     threads: int = 1
+    layout: str = ""
 
 
 class SmallRecipe(Config):

@@ -26,6 +26,8 @@ class Runtime:
     crew: Crew = field(default_factory=Crew)
     """The processes that share the work; one by default."""
     progress: Progress = field(default_factory=Progress)
+    layout: str = ""
+    """How pre-training spreads a model over the crew's ranks, as in `shard=4,tp=2`; empty: every rank has all of it."""
 
 
 StageFunction = Callable[[Any, Mapping[str, Path], Path, Runtime], Counts]

@@ -89,13 +89,16 @@ def open_recipe(path: Path, options: RecipeOptions | None) -> Opened:
 
 
 @contextmanager
-def open_runtime(options: MachineOptions | None, folder: Path, ranks: int, threads: int) -> Iterator[Runtime]:
+def open_runtime(
+    options: MachineOptions | None, folder: Path, ranks: int, threads: int, layout: str = ""
+) -> Iterator[Runtime]:
     """The runtime of the options, `ranks` and `threads` where they say nothing; its processes end with the block."""
     options = options or MachineOptions()
     ranks = ranks if options.ranks is None else options.ranks
     threads = threads if options.threads is None else options.threads
     with Crew(ranks=ranks, threads=threads) as crew:
-        yield Runtime(logs=folder / LOGS, crew=crew, progress=progress_for_terminal(options.quiet))
+        progress = progress_for_terminal(options.quiet)
+        yield Runtime(logs=folder / LOGS, crew=crew, progress=progress, layout=layout)
 
 
 def usable_cores() -> int:

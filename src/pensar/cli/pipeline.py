@@ -99,7 +99,7 @@ def _run(opened: Opened, choice: Choice, machine: MachineOptions | None) -> None
 
     links = recipes.LINKS
     wanted = opened.recipe.runtime
-    within = open_runtime(machine, opened.folder, wanted.ranks, wanted.threads)
+    within = open_runtime(machine, opened.folder, wanted.ranks, wanted.threads, wanted.layout)
     with Screen(opened.options.json) as screen, within as runtime:
         todo = [item for item in plan(opened.stages, opened.folder, choice) if to_do(item)]
         crew = runtime.crew

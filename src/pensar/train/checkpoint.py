@@ -1,4 +1,7 @@
-"""Checkpoints of a stage in progress: model, optimiser and step in one file, written beside and renamed."""
+"""Checkpoints of a stage in progress: model, optimiser and step in one file, written beside and renamed.
+
+A stage that goes on with another layout reads the checkpoint of the former, in either direction.
+"""
 
 import os
 from pathlib import Path
@@ -9,9 +12,10 @@ import torch
 from pensar.base.errors import RunError
 from pensar.base.ranks import World
 from pensar.model.qwen3 import Qwen3
+from pensar.train import sharded
 from pensar.train.optimizer import Optimizer
 
-_NAME = "checkpoint.pt"
+NAME = sharded.WHOLE
 
 
 def save(folder: Path, model: Qwen3, optimizer: Optimizer, step: int, world: World, **extra: Any) -> None:
@@ -23,7 +27,7 @@ def save(folder: Path, model: Qwen3, optimizer: Optimizer, step: int, world: Wor
             "step": step,
             "extra": extra,
         }
-        draft = folder / f".{_NAME}.tmp"
+        draft = folder / f".{NAME}.tmp"
         try:
             with draft.open("wb") as file:
                 torch.save(state, file)
@@ -34,23 +38,31 @@ def save(folder: Path, model: Qwen3, optimizer: Optimizer, step: int, world: Wor
             raise RunError(
                 f"cannot write the checkpoint {draft}: {error}; free disk space and run again"
             ) from error
-        draft.replace(folder / _NAME)
+        draft.replace(folder / NAME)
+        sharded.remove(folder)
     world.barrier()
 
 
 def resume(folder: Path, model: Qwen3, optimizer: Optimizer) -> tuple[int, dict[str, Any]]:
     """Loads the last complete checkpoint if there is one; returns the number of finished steps and the extras."""
-    path = folder / _NAME
+    path = folder / NAME
     if not path.exists():
-        return 0, {}
-    state = torch.load(path, map_location="cpu", weights_only=True)
+        return sharded.resume_whole(folder, model, optimizer)
+    state = read(path)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"]), state["extra"]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint: `model`, `optimizer`, `step` and `extra`."""
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return content
 
 
 def discard(folder: Path, world: World) -> None:
     """Removes the checkpoint of a finished stage: the model's own files are the artifact."""
     world.barrier()
     if world.rank == 0:
-        (folder / _NAME).unlink(missing_ok=True)
+        (folder / NAME).unlink(missing_ok=True)
+        sharded.remove(folder)

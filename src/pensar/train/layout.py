@@ -2,8 +2,6 @@
 
 from typing import Any, Literal
 
-import msgspec
-
 from pensar.base.config import Config, nearest
 from pensar.base.errors import ConfigError
 from pensar.model.config import ModelConfig
@@ -110,13 +108,13 @@ def parse_layout(text: str) -> Layout:
             raise ConfigError(f"layout: {key!r} is not a kind of ranks; {nearest(key, known)}")
         if name in values:
             raise ConfigError(f"layout: {key} is given twice; a kind of ranks has one size")
-        if name == "recompute":
+        if name == "recompute" and value.strip() in ("none", "selective", "full"):
             values[name] = value.strip()
         elif equals and value.strip().isdecimal():
             values[name] = int(value)
         else:
             raise ConfigError(f"layout: {part!r} is not of the form name=number, as in shard=8,tp=2")
-    return msgspec.convert(values, Layout)
+    return Layout(**values)
 
 
 def format_layout(layout: Layout) -> str:

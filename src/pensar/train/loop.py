@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pensar.base.config import Config
 from pensar.base.errors import ConfigError
@@ -17,7 +17,7 @@ from pensar.model.qwen3 import Qwen3
 from pensar.model.weights import save_model
 from pensar.text.packing import Batch
 from pensar.text.tokenizer import Tokenizer
-from pensar.train import checkpoint
+from pensar.train import checkpoint, sharded
 from pensar.train.average import Average, AverageConfig
 from pensar.train.balance import ExpertUse
 from pensar.train.guard import BadStep, Guard, GuardConfig
@@ -25,7 +25,11 @@ from pensar.train.loss import LossConfig
 from pensar.train.optimizer import Optimizer, OptimizerConfig
 from pensar.train.recompute import Recompute, recomputed
 from pensar.train.schedule import ScheduleConfig, rate
-from pensar.train.step import train_step
+from pensar.train.step import Spread, train_step
+
+if TYPE_CHECKING:
+    from pensar.train.parallel.mesh import Mesh
+    from pensar.train.parallel.optimizer import ShardedOptimizer
 
 BatchesOf = Callable[[int], list[Batch]]
 """Data step -> its micro-batches: a pure function, so that any step can be run again."""
@@ -54,6 +58,8 @@ class Place:
     logs: Path
     world: World
     progress: Progress
+    mesh: "Mesh | None" = None
+    """The layout that the model is spread in; None where every rank has it whole."""
 
     def metrics(self) -> Metrics | None:
         """Rank 0 writes metrics."""
@@ -70,7 +76,7 @@ class Part(Protocol):
 
 def loop(
     model: Qwen3,
-    optimizer: Optimizer,
+    optimizer: "Optimizer | ShardedOptimizer",
     config: LoopConfig,
     place: Place,
     take: Callable[[int], dict[str, float]],
@@ -142,7 +148,7 @@ def fit(
     teacher: Qwen3 | None = None,
 ) -> None:
     """Trains on given batches; the artifact tells what data was skipped and how the experts of a sparse model share."""
-    optimizer = Optimizer(model, config.optimizer)
+    optimizer, ranks = _updating(model, config.optimizer, place)
     guard, use = Guard(config.guard), ExpertUse(config.steps)
 
     def take(step: int) -> dict[str, float]:
@@ -152,7 +158,7 @@ def fit(
             optimizer,
             batches_of(guard.data_step(step)),
             scale,
-            place.world,
+            ranks,
             config.loss,
             teacher,
             judge=guard.judge,
@@ -170,20 +176,51 @@ def fit(
 
 def finish(model: Qwen3, tokenizer: Tokenizer, place: Place) -> None:
     """Turns the draft into a model artifact: the weights and the tokenizer in place of the last checkpoint."""
-    if place.world.rank == 0:
-        save_model(model, place.out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    whole: Qwen3 | None = model
+    if place.mesh is not None:
+        from pensar.train.parallel.run import gathered_model
+
+        whole = gathered_model(model, place.mesh)
+    if place.world.rank == 0 and whole is not None:
+        save_model(whole, place.out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         tokenizer.save(place.out)
     checkpoint.discard(place.out, place.world)
 
 
-def _save(model: Qwen3, optimizer: Optimizer, place: Place, kept: Mapping[str, Part], step: int) -> None:
+def _updating(
+    model: Qwen3, config: OptimizerConfig, place: Place
+) -> "tuple[Optimizer | ShardedOptimizer, World | Spread]":
+    """The optimiser of a whole or of a spread model, and how its steps are spread."""
+    if place.mesh is None:
+        return Optimizer(model, config), place.world
+    from pensar.train.parallel.optimizer import ShardedOptimizer
+    from pensar.train.parallel.step import Meshed
+
+    return ShardedOptimizer(model, config, place.mesh), Meshed(place.mesh)
+
+
+def _save(
+    model: Qwen3,
+    optimizer: "Optimizer | ShardedOptimizer",
+    place: Place,
+    kept: Mapping[str, Part],
+    step: int,
+) -> None:
     extra = {name: part.state_dict() for name, part in kept.items()}
-    checkpoint.save(place.out, model, optimizer, step, place.world, **extra)
+    if isinstance(optimizer, Optimizer):
+        checkpoint.save(place.out, model, optimizer, step, place.world, **extra)
+    else:
+        sharded.save(place.out, model, optimizer, step, place.world, extra)
 
 
-def _restore(model: Qwen3, optimizer: Optimizer, place: Place, kept: Mapping[str, Part]) -> int:
+def _restore(
+    model: Qwen3, optimizer: "Optimizer | ShardedOptimizer", place: Place, kept: Mapping[str, Part]
+) -> int:
     """Everything as the last checkpoint holds it; returns the number of finished steps."""
-    step, extra = checkpoint.resume(place.out, model, optimizer)
+    if isinstance(optimizer, Optimizer):
+        step, extra = checkpoint.resume(place.out, model, optimizer)
+    else:
+        step, extra = sharded.resume(place.out, model, optimizer, place.world)
     for name, part in kept.items():
         if name in extra:
             part.load_state_dict(extra[name])

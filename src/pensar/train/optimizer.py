@@ -6,7 +6,7 @@ bfloat16 units.
 """
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class Optimizer:
         chosen = {id(p) for p in inside}
         rest = [p for _, p in named if id(p) not in chosen]
         self.parameters = [p for _, p in named]
+        self._names = {id(p): name for name, p in named}
         self.groups = _by_shape(inside)
         self.momenta = [torch.zeros_like(torch.stack([p.detach() for p in group])) for group in self.groups]
         decay = [p for p in rest if p.dim() >= 2]
@@ -119,13 +120,26 @@ class Optimizer:
         for parameter, change in zip(group, update, strict=True):
             parameter.mul_(1 - lr * self.config.weight_decay).add_(change, alpha=-scale)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"adamw": self.adamw.state_dict(), "momenta": self.momenta}
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor of the state by kind and parameter, sharing memory with the optimiser."""
+        named: dict[str, Tensor] = {}
+        for matrices, momentum in zip(self.groups, self.momenta, strict=True):
+            named |= {f"momentum.{self._names[id(p)]}": m for p, m in zip(matrices, momentum, strict=True)}
+        for group in self.adamw.param_groups:
+            for parameter in group["params"]:
+                state, name = self.adamw.state[parameter], self._names[id(parameter)]
+                if not state:  # as AdamW itself begins at its first step
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                named[f"first.{name}"], named[f"second.{name}"] = state["exp_avg"], state["exp_avg_sq"]
+                named[f"steps.{name}"] = state["step"]
+        return named
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.adamw.load_state_dict(state["adamw"])
-        for mine, saved in zip(self.momenta, state["momenta"], strict=True):
-            mine.copy_(saved)
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over the values of a `state_dict`."""
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
 
 
 def is_block_matrix(name: str) -> bool:

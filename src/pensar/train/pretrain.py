@@ -24,6 +24,7 @@ from pensar.text.packing import Batch
 from pensar.text.tokenizer import Tokenizer
 from pensar.train.average import AverageConfig
 from pensar.train.guard import GuardConfig
+from pensar.train.layout import parse_layout
 from pensar.train.loop import LoopConfig, Place, finish, fit
 from pensar.train.loss import LossConfig
 from pensar.train.optimizer import OptimizerConfig
@@ -98,21 +99,43 @@ class PretrainConfig(Config, frozen=True, kw_only=True):
 
 def run(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> Counts:
     """Reads `shards`, `tokenizer` and, unless a shape begins anew, `model`."""
-    return runtime.crew.call(_on_rank, config, dict(inputs), out, runtime.logs, runtime.progress)
+    return runtime.crew.call(
+        _on_rank, config, dict(inputs), out, runtime.logs, runtime.progress, runtime.layout
+    )
 
 
 def _on_rank(
-    world: World, config: PretrainConfig, inputs: dict[str, Path], out: Path, logs: Path, progress: Progress
+    world: World,
+    config: PretrainConfig,
+    inputs: dict[str, Path],
+    out: Path,
+    logs: Path,
+    progress: Progress,
+    layout: str,
 ) -> Counts:
+    if not layout:
+        return _train(config, inputs, Place(out, logs, world, progress))
+    from pensar.train.parallel.run import opened_mesh
+
+    with opened_mesh(world, parse_layout(layout)) as mesh:
+        return _train(config, inputs, Place(out, logs, world, progress, mesh))
+
+
+def _train(config: PretrainConfig, inputs: dict[str, Path], place: Place) -> Counts:
     tokenizer = Tokenizer.load(inputs["tokenizer"])
     model = _start(config, inputs, tokenizer)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    rows = max(1, config.batch_tokens // config.context)
+    if place.mesh is not None:
+        from pensar.train.parallel.run import spread_model
+        from pensar.train.parallel.shard import from_tensors
+
+        place.mesh.layout.check(model.config, config.context, rows)
+        model = spread_model(model, place.mesh, from_tensors(model.state_dict()))
     data = PretrainData(inputs["shards"], mixture=config.mixture, context=config.context, seed=config.seed)
     loop = config.loop()
-    place = Place(out, logs, world, progress)
     fit(model, row_batches(data, config), loop, place, name=f"pre-training, {config.mixture}")
     finish(model, tokenizer, place)
-    rows = max(1, config.batch_tokens // config.context)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"steps": loop.steps, "tokens": loop.steps * rows * config.context, "parameters": num_parameters}
 
 

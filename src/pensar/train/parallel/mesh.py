@@ -22,6 +22,9 @@ class Mesh:
 
     layout: Layout
     device: torch.device
+    tag: str = ""
+    """Tells this mesh from earlier ones of the process: torch remembers plans by the names of a mesh, and with them
+    groups that have ended."""
 
     def __post_init__(self) -> None:
         size = dist.get_world_size()
@@ -35,16 +38,14 @@ class Mesh:
         """All ranks as weights see them: pp, replicate, shard, tp; those that split a context are shards too."""
         layout = self.layout
         shape = (layout.pp, layout.dp_replicate, layout.dp_shard * layout.cp, layout.tp)
-        return init_device_mesh(self.device.type, shape, mesh_dim_names=("pp", "replicate", "shard", "tp"))
+        return self._arranged(shape, "pp", "replicate", "shard", "tp")
 
     @cached_property
     def token_dims(self) -> DeviceMesh:
         """The same ranks as tokens see them: pp, replicate, shard, cp, tp."""
         layout = self.layout
         shape = (layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp)
-        return init_device_mesh(
-            self.device.type, shape, mesh_dim_names=("pp", "replicate", "shard", "cp", "tp")
-        )
+        return self._arranged(shape, "pp", "replicate", "shard", "cp", "tp")
 
     @cached_property
     def expert_dims(self) -> DeviceMesh:
@@ -52,21 +53,28 @@ class Mesh:
         layout = self.layout
         within = layout.dp_shard * layout.cp * layout.tp
         shape = (layout.pp, layout.dp_replicate, within // layout.ep, layout.ep)
-        return init_device_mesh(
-            self.device.type, shape, mesh_dim_names=("pp", "replicate", "expert_shard", "ep")
-        )
+        return self._arranged(shape, "pp", "replicate", "expert_shard", "ep")
 
     @cached_property
     def weights(self) -> DeviceMesh:
         """The ranks that share the weights: (replicas, shards) where there are replicas, else shards."""
-        return self.dims["replicate", "shard"] if self.layout.dp_replicate > 1 else self.dims["shard"]
+        return self._part(self.dims, *(("replicate",) if self.layout.dp_replicate > 1 else ()), "shard")
 
     @cached_property
     def expert_weights(self) -> DeviceMesh:
         """The ranks that share the weights of one rank's experts."""
-        if self.layout.dp_replicate > 1:
-            return self.expert_dims["replicate", "expert_shard"]
-        return self.expert_dims["expert_shard"]
+        replicas = ("replicate",) if self.layout.dp_replicate > 1 else ()
+        return self._part(self.expert_dims, *replicas, "expert_shard")
+
+    @cached_property
+    def heads(self) -> DeviceMesh:
+        """The ranks that split heads, MLP columns and vocabulary."""
+        return self._part(self.dims, "tp")
+
+    @cached_property
+    def experts(self) -> DeviceMesh:
+        """The ranks that split a layer's experts."""
+        return self._part(self.expert_dims, "ep")
 
     @cached_property
     def world(self) -> World:
@@ -89,12 +97,12 @@ class Mesh:
 
     @cached_property
     def context(self) -> World:
-        return self._of(self.token_dims["cp"])
+        return self._of(self._part(self.token_dims, "cp"))
 
     @cached_property
     def depth(self) -> World:
         """The ranks that hold one part each of the depth."""
-        return self._of(self.dims["pp"])
+        return self._of(self._part(self.dims, "pp"))
 
     @cached_property
     def stage(self) -> World:
@@ -114,7 +122,15 @@ class Mesh:
         return mine
 
     def _joined(self, *names: str, name: str) -> World:
-        return self._of(self.token_dims[names]._flatten(name))  # noqa: SLF001 - the only way to join dimensions
+        part = self._part(self.token_dims, *names)
+        return self._of(part._flatten(name + self.tag))  # noqa: SLF001 - the only way to join dimensions
+
+    def _arranged(self, shape: tuple[int, ...], *names: str) -> DeviceMesh:
+        tagged = tuple(name + self.tag for name in names)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=tagged)
+
+    def _part(self, mesh: DeviceMesh, *names: str) -> DeviceMesh:
+        return mesh[tuple(name + self.tag for name in names)]
 
     @staticmethod
     def _of(mesh: DeviceMesh) -> World:

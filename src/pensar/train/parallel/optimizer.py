@@ -71,7 +71,7 @@ class ShardedOptimizer:
                 squares += local.float().pow(2).sum().double().cpu() / copies_of(parameter, ranks)
         return math.sqrt(float(self._mesh.world.all_reduce_(squares)))
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, spread like the parameter that it belongs to."""
         named: dict[str, Tensor] = {}
         for kind, tensors in (("momentum", self.momentum), ("first", self.first), ("second", self.second)):

@@ -41,11 +41,11 @@ def shard(model: Qwen3, mesh: Mesh, source: Source, precision: torch.dtype | Non
             raise ConfigError(
                 f"tp {mesh.layout.tp} with experts; spread a mixture of experts by ep, shards and context instead"
             )
-        split_tensors(model, mesh.dims["tp"])
+        split_tensors(model, mesh.heads)
     if mesh.layout.ep > 1:
         for mlp in sparse:
             _cut_experts(mlp.experts, mesh)
-            split_experts(mlp.experts, mesh.expert_dims["ep"].get_group())
+            split_experts(mlp.experts, mesh.experts.get_group())
     _shard_weights(model, mesh, MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32))
     model.to_empty(device=mesh.device)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def _blocks(model: Qwen3) -> Iterator[Block]:
 
 def _cut_experts(experts: nn.Module, mesh: Mesh) -> None:
     for name, parameter in list(experts.named_parameters()):
-        cut = distribute_tensor(parameter, mesh.expert_dims["ep"], [Shard(0)], src_data_rank=None)
+        cut = distribute_tensor(parameter, mesh.experts, [Shard(0)], src_data_rank=None)
         experts.register_parameter(name, nn.Parameter(cut))
 
 

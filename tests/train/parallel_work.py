@@ -1,0 +1,96 @@
+"""Training over a mesh that the tests run on several ranks; workers must be able to import it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pensar.base.progress import Progress
+from pensar.base.ranks import World
+from pensar.model.qwen3 import Qwen3
+from pensar.text.packing import Batch
+from pensar.train.average import AverageConfig
+from pensar.train.layout import parse_layout
+from pensar.train.loop import LoopConfig, Place, fit
+from pensar.train.loss import LossConfig
+from pensar.train.optimizer import Optimizer, OptimizerConfig
+from pensar.train.parallel.optimizer import ShardedOptimizer
+from pensar.train.parallel.run import gathered_model, opened_mesh, spread_model
+from pensar.train.parallel.shard import from_tensors
+from pensar.train.parallel.step import Meshed
+from pensar.train.step import train_step
+from tiny import tiny_model
+
+Weights = dict[str, torch.Tensor]
+Metrics = list[dict[str, float]]
+
+
+def batches(step: int, rows: int, micro_batches: int = 1, width: int = 16) -> list[Batch]:
+    """Two documents a row, the border elsewhere in every row, and some padding."""
+    rng = np.random.default_rng(step)
+    made = []
+    for _ in range(micro_batches):
+        tokens = rng.integers(1, 300, (rows, width)).astype(np.int32)
+        border = rng.integers(3, width - 5, (rows, 1))
+        columns = np.arange(width)[None, :]
+        segments = np.where(columns < border, 1, 2)
+        segments[:, width - 2 :] = np.where(rng.random((rows, 1)) < 0.5, 0, segments[:, width - 2 :])
+        positions = np.where(columns < border, columns, columns - border)
+        ce = (segments != 0) & (positions != 0)
+        made.append(
+            Batch(
+                tokens=tokens,
+                positions=positions.astype(np.int32),
+                segments=segments.astype(np.int32),
+                ce=ce.astype(np.float32),
+            )
+        )
+    return made
+
+
+def steps(
+    world: World, layout: str, changes: dict[str, Any], rows: int, micro_batches: int
+) -> tuple[Metrics, Weights]:
+    """Metrics of four steps and the weights after the last; without a layout on every rank the whole model."""
+    whole = tiny_model(**changes)
+    config, loss = OptimizerConfig(weight_decay=0.1), LossConfig()
+    data = [batches(step, rows, micro_batches) for step in range(4)]
+    if not layout:
+        optimizer = Optimizer(whole, config)
+        return [train_step(whole, optimizer, parts, 1.0, world, loss) for parts in data], weights(whole)
+    with opened_mesh(world, parse_layout(layout)) as mesh:
+        model = spread_model(whole, mesh, from_tensors(whole.state_dict()))
+        spread = ShardedOptimizer(model, config, mesh)
+        metrics = [train_step(model, spread, parts, 1.0, Meshed(mesh), loss) for parts in data]
+        gathered = gathered_model(model, mesh)
+        return metrics, weights(gathered) if gathered is not None else {}
+
+
+class Killed(Exception):
+    """What ends a run in the middle of it."""
+
+
+def stage(world: World, layout: str, folder: Path, stop_at: int | None) -> Weights:
+    """Eight steps of a stage with checkpoints every three, killed before step `stop_at`; the weights at the end."""
+    config = LoopConfig(steps=8, checkpoint_every=3, average=AverageConfig(ema=0.5))
+
+    def data(step: int) -> list[Batch]:
+        if step == stop_at:
+            raise Killed
+        return batches(step, rows=4)
+
+    model, place = tiny_model(), Place(folder, folder / "logs", world, Progress())
+    if not layout:
+        fit(model, data, config, place, name="test")
+        return weights(model)
+    with opened_mesh(world, parse_layout(layout)) as mesh:
+        spread = spread_model(model, mesh, from_tensors(model.state_dict()))
+        place = Place(folder, folder / "logs", world, Progress(), mesh)
+        fit(spread, data, config, place, name="test")
+        gathered = gathered_model(spread, mesh)
+        return weights(gathered) if gathered is not None else {}
+
+
+def weights(model: Qwen3) -> Weights:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
