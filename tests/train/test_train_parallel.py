@@ -150,6 +150,7 @@ def test_layers_are_shared_out_in_order() -> None:
         ("ep=2", MIXED, "ep 2 does not divide"),
         ("shard=8,ep=8", SPARSE, "ep 8 does not divide num_experts 4"),
         ("tp=2", MIXED, "mixture of experts"),
+        ("pp=2", MIXED, "mixture of experts"),
         ("pp=9", {}, "more than the 2 layers"),
         ("cp=3", {}, "multiple of 6"),
         ("pp=2,micro_batches=3", {}, "3 micro-batches"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pensar import __version__
+from pensar.base import torchrun
 from pensar.base.errors import ConfigError, PensarError
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ VERBS = {
         "pensar.cli.plan:plan",
         "Say what is done, stale or new and why, and what the rest will cost.",
         "pensar plan recipes/tiny.yaml --set seed=2",
-        "Nothing is run.",
+        "Nothing is run. Of a model size: how a cluster would train it, with its memory, days, energy and cost, as in\n"
+        "pensar plan 30b-a3b --gpus 64 --gpu h200 --tokens 1e12",
     ),
     "data": Verb(
         "pensar.cli.pipeline:data",
@@ -122,7 +124,21 @@ def build_app() -> "App":
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code; what a user can mend is explained on standard error."""
+    """Runs one verb and returns the exit code; what a user can mend is explained on standard error.
+
+    Of the processes that torchrun started the first runs the verb and the others serve it.
+    """
+    if torchrun.is_follower():
+        return torchrun.follow()
+    code = _run_verb(arguments)
+    if torchrun.launched():
+        if code != DONE:
+            torchrun.leave(code)
+        torchrun.release()
+    return code
+
+
+def _run_verb(arguments: Sequence[str] | None) -> int:
     from cyclopts import CycloptsError
 
     tokens = list(sys.argv[1:] if arguments is None else arguments)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from pensar.base import torchrun
 from pensar.base.identity import LOGS
 from pensar.base.pipeline import Choice
 from pensar.base.ranks import Crew
@@ -96,7 +97,7 @@ def open_runtime(
     options = options or MachineOptions()
     ranks = ranks if options.ranks is None else options.ranks
     threads = threads if options.threads is None else options.threads
-    with Crew(ranks=ranks, threads=threads) as crew:
+    with torchrun.TorchrunCrew(threads) if torchrun.launched() else Crew(ranks, threads) as crew:
         progress = progress_for_terminal(options.quiet)
         yield Runtime(logs=folder / LOGS, crew=crew, progress=progress, layout=layout)
 

@@ -1,13 +1,17 @@
-"""`pensar plan`: the verdict on every stage, why, and what the rest will cost."""
+"""`pensar plan`: the verdict on every stage, why, and what the rest will cost; of a size, the plan for a cluster."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
+from cyclopts import Parameter
 
 from pensar.base import pipeline
+from pensar.base.errors import ConfigError
 from pensar.base.pipeline import Planned
-from pensar.cli.options import PartOptions, RecipeFile, RecipeOptions, open_recipe
+from pensar.cli.options import PartOptions, RecipeOptions, open_recipe
+from pensar.cli.plan_size import ClusterOptions, is_size, plan_size
 from pensar.cli.screen import Screen
 from pensar.report.numbers import duration, short, size
 
@@ -18,10 +22,29 @@ HEADER = ("stage", "status", "tokens", "FLOPs", "memory", "time", "why")
 RIGHT = (2, 3, 4, 5)
 
 
+RecipeOrSize = Annotated[Path, Parameter(help="The recipe's YAML file, or a model size such as 30b-a3b.")]
+
+
 def plan(
-    recipe: RecipeFile, /, *, part: PartOptions | None = None, options: RecipeOptions | None = None
+    recipe: RecipeOrSize,
+    /,
+    *,
+    part: PartOptions | None = None,
+    options: RecipeOptions | None = None,
+    cluster: ClusterOptions | None = None,
 ) -> None:
-    """Say for each stage whether it is done, stale or new and why, with the estimated cost; runs nothing."""
+    """Say for each stage whether it is done, stale or new and why, with the estimated cost; runs nothing.
+
+    Of a model size it says how a cluster would train it.
+    """
+    if is_size(recipe):
+        _refuse_recipe_options(part, options)
+        plan_size(str(recipe), cluster or ClusterOptions(), options is not None and options.json)
+        return
+    if cluster and cluster.given():
+        raise ConfigError(
+            f"{', '.join(cluster.given())} with the recipe {recipe}: they are for a size, such as 30b-a3b"
+        )
     from pensar import recipe as recipes
 
     opened = open_recipe(recipe, options)
@@ -37,6 +60,12 @@ def plan(
         )
         stages = [_document(item, estimates.get(item.name)) for item in planned]
         screen.result({"recipe": str(recipe), "folder": str(opened.folder), "stages": stages, "to_do": total})
+
+
+def _refuse_recipe_options(part: PartOptions | None, options: RecipeOptions | None) -> None:
+    """Options that say something about a recipe's stages say nothing about a size."""
+    if (part or PartOptions()) != PartOptions() or (options and options.set):
+        raise ConfigError("--set, --until, --from and --verify are for a recipe; leave them out for a size")
 
 
 def to_do(item: Planned) -> bool:

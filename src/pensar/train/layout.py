@@ -73,6 +73,10 @@ class Layout(Config, frozen=True, kw_only=True):
             raise ConfigError(
                 f"layout: tp {self.tp} with a mixture of experts; use ep, dp_shard and cp for it"
             )
+        if self.pp > 1 and model.num_experts:
+            raise ConfigError(
+                f"layout: pp {self.pp} with a mixture of experts; use ep, dp_shard and cp for it"
+            )
         if self.pp > model.num_layers:
             raise ConfigError(
                 f"layout: pp {self.pp} is more than the {model.num_layers} layers; use at most as many"

@@ -134,6 +134,8 @@ def _train(config: PretrainConfig, inputs: dict[str, Path], place: Place) -> Cou
         model = spread_model(model, place.mesh, from_tensors(model.state_dict()))
     data = PretrainData(inputs["shards"], mixture=config.mixture, context=config.context, seed=config.seed)
     loop = config.loop()
+    if place.mesh is not None and place.mesh.layout.recompute != "none":
+        loop = msgspec.structs.replace(loop, recompute=place.mesh.layout.recompute)
     fit(model, row_batches(data, config), loop, place, name=f"pre-training, {config.mixture}")
     finish(model, tokenizer, place)
     return {"steps": loop.steps, "tokens": loop.steps * rows * config.context, "parameters": num_parameters}

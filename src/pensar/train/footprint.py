@@ -1,0 +1,270 @@
+"""Footprint: the memory that one rank needs for a training step, part by part, by formula from shape and layout.
+
+Symbols: D hidden, H query heads, K key-value heads, h head_dim, I width of the MLP or of one expert, E experts,
+k experts of a token, V vocabulary, c bytes of a value in forward and backward, t tokens of one rank's forward pass.
+
+What the backward pass keeps of a layer, in bytes a token, on one rank, counted over the operations of the model (norms
+work in float32 and keep a float32 copy of their input):
+
+    none, dense      2 (4 + 2c) D + (4 + 3c) (H + K) h + 8H + 4K + 8 + 4c I
+    none, experts    as dense without the last term, + (4 - c) D + 3c k D + 4c k I + 32k + 4E + 20
+    selective        c (D + D + 2 (H + K) h) + 4H, and c (D + 2I) if dense, c k (D + 2I) + 8k + 8E + 4 if not
+    full             c D, and 8k + 4E + 4 of the routing
+
+Tensor ranks hold D / tp of the stream and 1 / tp of heads and widths; context ranks keep the gathered keys and values;
+expert ranks also what came over the network. Experts are taken to be loaded evenly, and packed documents to be attended
+to without a mask. At the same time as a layer's backward pass, its gradients take some 2c I of a token, 3c k I where
+whole sparse layers are computed again.
+"""
+
+from typing import NamedTuple
+
+from pensar.base.config import Config
+from pensar.model.config import ModelConfig
+from pensar.train.layout import Layout
+
+STORED = 4
+"""Bytes of a stored value: weights, sums of gradients and the optimiser's state are float32."""
+LOGITS_COPIES = 5
+"""Float32 matrices [chunk, vocabulary] alive at once: logits, gradient by each of two ways, two on the way to them."""
+MUON_COPIES = 5
+"""Matrices alive at once in orthogonalising a stack of them: gradients, iterate, and three products."""
+PARTS = ("weights", "gathered", "gradients", "optimizer", "activations", "logits", "buffers", "overhead")
+
+
+class Step(Config, frozen=True, kw_only=True):
+    """What one rank does in a step."""
+
+    context: int
+    rows: int = 1
+    """Rows of a forward pass."""
+    accumulate: int = 1
+    """Forward passes one after the other, beside those of a pipeline."""
+    chunk_tokens: int = 2_048
+    """Tokens whose logits are held at once (`loss.chunk_tokens`)."""
+    compute_bytes: int = 2
+    """Of a value in forward and backward: 2 is bfloat16, 4 float32."""
+    muon: bool = False
+    exact_balance: bool = True
+    """Count the experts' shares in a pass beforehand where there are several forward passes (`loss.exact_balance`)."""
+
+    def tokens(self, layout: Layout) -> int:
+        """Of one forward pass on one rank."""
+        return self.rows * self.context // layout.cp
+
+
+class Share(NamedTuple):
+    """Parameters of one part of the depth, on one tensor and expert rank, before they are cut into shards."""
+
+    layers: int
+    block: int
+    """Of a layer, without experts."""
+    experts: int
+    """Of those of a layer's experts that one expert rank has."""
+    embedding: int
+    head: int
+    """Output projection and last norm; a tied one counts as embedding."""
+
+    @property
+    def ends(self) -> int:
+        return self.embedding + self.head
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank at the moment of a step at which it needs most."""
+
+    parts: dict[str, float]
+    moment: str
+    """loss, backward, end of backward, or update."""
+    stage: int
+    """The part of the depth that needs it."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def share(model: ModelConfig, layout: Layout, stage: int = 0) -> Share:
+    """What a rank in part `stage` of the depth works with."""
+    D, h, tp = model.hidden_size, model.head_dim, layout.tp
+    experts = 3 * D * model.moe_intermediate_size * model.num_experts // layout.ep
+    block = 2 * D + 2 * h + 2 * D * h * (model.num_heads + model.num_kv_heads) // tp
+    block += D * model.num_experts if model.num_experts else 3 * D * model.intermediate_size // tp
+    layers, more = divmod(model.num_layers, layout.pp)
+    last, table = stage == layout.pp - 1, model.vocab_size * D // tp
+    return Share(
+        layers=layers + (stage < more),
+        block=block,
+        experts=experts,
+        embedding=table if stage == 0 or (last and model.tied) else 0,
+        head=(D + (0 if model.tied else table)) if last else 0,
+    )
+
+
+def rank_parameters(model: ModelConfig, layout: Layout, stage: int = 0) -> float:
+    """Parameters whose stored values one rank holds: the first one, where they do not come out even."""
+    part = share(model, layout, stage)
+    experts = part.layers * part.experts * _expert_piece(model, layout)
+    return (part.layers * part.block + part.ends) / _shards(layout) + experts
+
+
+def kept_bytes(model: ModelConfig, layout: Layout, step: Step, recompute: str) -> float:
+    """What the backward pass keeps of one layer, over the tokens of one forward pass; the formulas are above."""
+    c, tp, h = step.compute_bytes, layout.tp, model.head_dim
+    D, H, K = model.hidden_size, model.num_heads / tp, model.num_kv_heads / tp
+    E, k = model.num_experts, model.experts_per_token
+    scattered = D / tp if tp > 1 else 0.0
+    if recompute == "full":
+        each = c * D / tp + (8 * k + 4 * E + 4 if E else 0)
+    elif recompute == "selective":
+        each = c * (D / tp + D + scattered + 2 * (H + K) * h) + 4 * H
+        if E:
+            sent = 2 * c * k * D if layout.ep > 1 else 0
+            each += c * k * (D + 2 * model.moe_intermediate_size) + 8 * k + 8 * E + 4 + sent
+        else:
+            each += c * (D + scattered + 2 * model.intermediate_size / tp)
+    else:
+        each = 2 * ((4 + c) * D / tp + c * D) + (4 + 3 * c) * (H + K) * h + 8 * H + 4 * K + 8
+        each += 2 * c * K * h * (layout.cp - 1)
+        if E:
+            sent = c * k * D + 8 * k if layout.ep > 1 else 0
+            each += (
+                (4 - c) * D + c * k * (3 * D + 4 * model.moe_intermediate_size) + 32 * k + 4 * E + 20 + sent
+            )
+        else:
+            each += 4 * c * model.intermediate_size / tp
+    return each * step.tokens(layout)
+
+
+def working_bytes(model: ModelConfig, layout: Layout, step: Step) -> float:
+    """What the backward pass of one layer needs beside what is kept: what it computes again, and gradients."""
+    c = step.compute_bytes
+    again = kept_bytes(model, layout, step, "none") - kept_bytes(model, layout, step, layout.recompute)
+    if model.num_experts:
+        width = (
+            (3 if layout.recompute == "full" else 2) * model.experts_per_token * model.moe_intermediate_size
+        )
+    else:
+        width = 2 * model.intermediate_size // layout.tp
+    return again + (c * width + (4 + c) * model.hidden_size / layout.tp) * step.tokens(layout)
+
+
+def memory(model: ModelConfig, layout: Layout, step: Step, overhead_bytes: float = 0.0) -> Memory:
+    """The largest need of any rank, at its worst moment.
+
+    One rank in float32 trains the plain module; everything else is sharded by FSDP2: stored values in float32 shards,
+    blocks gathered in the working type two at a time, embedding and output projection gathered throughout.
+    `overhead_bytes` is what a process takes before any tensor.
+    """
+    found = [
+        Memory(parts, moment, stage)
+        for stage in sorted({0, layout.pp - 1})
+        for moment, parts in moments(model, layout, step, stage, overhead_bytes).items()
+    ]
+    return max(found, key=lambda one: one.total)
+
+
+def moments(
+    model: ModelConfig, layout: Layout, step: Step, stage: int = 0, overhead_bytes: float = 0.0
+) -> dict[str, dict[str, float]]:
+    """The bytes of each part at each moment of a step, in the order of the step; the loss is where the depth ends."""
+    c, D, t = step.compute_bytes, model.hidden_size, step.tokens(layout)
+    part = share(model, layout, stage)
+    sharded, last = is_sharded(layout, step), stage == layout.pp - 1
+    stored = STORED * rank_parameters(model, layout, stage)
+    state = 2 * stored - (STORED * _muon_parameters(model, layout, part) if step.muon else 0)
+    always = dict.fromkeys(PARTS, 0.0) | {"weights": stored, "optimizer": state, "overhead": overhead_bytes}
+    in_flight = min(layout.pp - stage, layout.micro_batches) if layout.pp > 1 else 1
+    summed = stored if step.accumulate * in_flight > 1 or layout.micro_batches > 1 else 0.0
+    kept = kept_bytes(model, layout, step, layout.recompute)
+    edges = (24 + 2 * c * model.head_dim) * t
+    held = in_flight * (part.layers * kept + edges)
+    table = model.vocab_size * D // layout.tp
+    chunk = min(t, step.chunk_tokens)
+    head = c * table if last and (sharded or t > chunk) else 0.0
+    block = part.block + part.experts
+    gathered = c * part.ends if sharded else 0.0
+    found: dict[str, dict[str, float]] = {}
+    if last:
+        found["loss"] = always | {
+            "gathered": gathered,
+            "gradients": summed + head,
+            "activations": held + (4 + 4 * c) * D * t,
+            "logits": LOGITS_COPIES * 4.0 * chunk * model.vocab_size,
+        }
+    found |= {
+        "backward": always
+        | {
+            "gathered": gathered + (2 * c * block if sharded else 0),
+            "gradients": summed + (c * table if last else 0),
+            "activations": held + working_bytes(model, layout, step),
+            "buffers": (c + 2 * STORED) * block if sharded else 0,
+        },
+        "end of backward": always
+        | {
+            "gathered": gathered,
+            "gradients": stored + (c * part.ends if sharded else 0),
+            "activations": edges + (0 if sharded else kept + working_bytes(model, layout, step)),
+            "buffers": STORED * part.ends if sharded else STORED * part.embedding,
+        },
+        "update": always
+        | {
+            "gradients": stored,
+            "buffers": _muon_bytes(model, layout, part, sharded) if step.muon else 0.0,
+        },
+    }
+    return found
+
+
+def is_sharded(layout: Layout, step: Step) -> bool:
+    """Whether the weights are gathered block by block, and not simply there."""
+    return layout.ranks > 1 or step.compute_bytes < STORED
+
+
+def whole_experts(model: ModelConfig, layout: Layout) -> bool:
+    """Whether every rank's part of the experts is some of them whole, so that nobody else's part is needed for Muon."""
+    return bool(model.num_experts) and (
+        layout.ep == 1 or model.num_experts // layout.ep >= _expert_shards(layout)
+    )
+
+
+def _shards(layout: Layout) -> int:
+    """Pieces into which the weights of a rank's part are cut; context ranks hold pieces of their own."""
+    return layout.dp_shard * layout.cp
+
+
+def _expert_shards(layout: Layout) -> int:
+    """Ranks that share the weights of one expert rank's experts."""
+    return layout.dp_shard * layout.cp * layout.tp // layout.ep
+
+
+def _expert_piece(model: ModelConfig, layout: Layout) -> float:
+    """Part of an expert rank's experts that one rank stores: whole experts, or slices where there are too few."""
+    if not model.num_experts:
+        return 0.0
+    own, shards = model.num_experts // layout.ep, _expert_shards(layout)
+    if own < shards and layout.ep > 1:
+        return 1 / shards
+    return -(-own // shards) / own
+
+
+def _muon_parameters(model: ModelConfig, layout: Layout, part: Share) -> float:
+    """Stored values of one rank that have a single momentum: the matrices inside its blocks."""
+    aside = 2 * model.hidden_size + 2 * model.head_dim + model.hidden_size * model.num_experts
+    return part.layers * (
+        (part.block - aside) / _shards(layout) + part.experts * _expert_piece(model, layout)
+    )
+
+
+def _muon_bytes(model: ModelConfig, layout: Layout, part: Share, sharded: bool) -> float:
+    """Temporaries of the orthogonalisation: of all matrices of one shape on one rank, of the largest where gathered."""
+    D, E = model.hidden_size, model.num_experts
+    width = model.moe_intermediate_size if E else model.intermediate_size
+    if not sharded:
+        # Queries' and key-values' projections, or gates with ups: two matrices a layer have the commonest shape.
+        largest = part.layers * 2 * D * width * max(1, E)
+    elif whole_experts(model, layout):
+        largest = round(2 * D * width * E / layout.ep * _expert_piece(model, layout))
+    else:
+        largest = D * width * (2 * E if E else 1)
+    return STORED * MUON_COPIES * float(largest)
