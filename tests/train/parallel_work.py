@@ -9,6 +9,7 @@ import torch
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
 from pensar.model.qwen3 import Qwen3
+from pensar.model.weights import opened_weights
 from pensar.text.packing import Batch
 from pensar.train.average import AverageConfig
 from pensar.train.layout import parse_layout
@@ -17,7 +18,7 @@ from pensar.train.loss import LossConfig
 from pensar.train.optimizer import Optimizer, OptimizerConfig
 from pensar.train.parallel.optimizer import ShardedOptimizer
 from pensar.train.parallel.run import gathered_model, opened_mesh, spread_model
-from pensar.train.parallel.shard import from_tensors
+from pensar.train.parallel.shard import from_seed, from_tensors
 from pensar.train.parallel.step import Meshed
 from pensar.train.step import train_step
 from tiny import tiny_model
@@ -60,7 +61,7 @@ def steps(
         optimizer = Optimizer(whole, config)
         return [train_step(whole, optimizer, parts, 1.0, world, loss) for parts in data], weights(whole)
     with opened_mesh(world, parse_layout(layout)) as mesh:
-        model = spread_model(whole, mesh, from_tensors(whole.state_dict()))
+        model = spread_model(whole.config, mesh, from_tensors(whole.state_dict()))
         spread = ShardedOptimizer(model, config, mesh)
         metrics = [train_step(model, spread, parts, 1.0, Meshed(mesh), loss) for parts in data]
         gathered = gathered_model(model, mesh)
@@ -85,7 +86,7 @@ def stage(world: World, layout: str, folder: Path, stop_at: int | None) -> Weigh
         fit(model, data, config, place, name="test")
         return weights(model)
     with opened_mesh(world, parse_layout(layout)) as mesh:
-        spread = spread_model(model, mesh, from_tensors(model.state_dict()))
+        spread = spread_model(model.config, mesh, from_tensors(model.state_dict()))
         place = Place(folder, folder / "logs", world, Progress(), mesh)
         fit(spread, data, config, place, name="test")
         gathered = gathered_model(spread, mesh)
@@ -94,3 +95,16 @@ def stage(world: World, layout: str, folder: Path, stop_at: int | None) -> Weigh
 
 def weights(model: Qwen3) -> Weights:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def started(world: World, layout: str, folder: Path | None, changes: dict[str, Any]) -> Weights:
+    """The weights that every rank begins with, from a folder or from the seed."""
+    config = tiny_model(**changes).config
+    with opened_mesh(world, parse_layout(layout)) as mesh:
+        if folder is None:
+            model = spread_model(config, mesh, from_seed(config, 0))
+        else:
+            with opened_weights(folder) as read:
+                model = spread_model(config, mesh, read)
+        gathered = gathered_model(model, mesh)
+        return weights(gathered) if gathered is not None else {}

@@ -11,6 +11,7 @@ from parallel_work import Killed, Weights
 
 from pensar.base.errors import ConfigError
 from pensar.base.ranks import Crew, World
+from pensar.model.weights import save_model
 from pensar.train.layout import Layout, parse_layout
 from pensar.train.parallel.context import columns_of
 from pensar.train.parallel.pipeline import layers_of
@@ -126,6 +127,31 @@ def test_any_layout_goes_on_where_another_stopped(
     assert furthest(through, again) < 1e-3
     resumed = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
     assert len(resumed) == len(metrics) == 8
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        ("shard=2", {}),
+        ("tp=2", UNTIED),
+        ("pp=2,micro_batches=2", DEEP),
+        ("shard=4,ep=2", MIXED),
+        ("shard=2,ep=2", MIXED),
+    ],
+)
+def test_weights_do_not_depend_on_the_layout(
+    layout: str, changes: dict[str, Any], crews: Crews, tmp_path: Path
+) -> None:
+    whole = tiny_model(**changes)
+    save_model(whole, tmp_path)
+    crew = crews(parse_layout(layout).ranks)
+    assert (
+        furthest(parallel_work.weights(whole), crew.call(parallel_work.started, layout, None, changes)) == 0.0
+    )
+    assert (
+        furthest(parallel_work.weights(whole), crew.call(parallel_work.started, layout, tmp_path, changes))
+        == 0.0
+    )
 
 
 def test_the_columns_of_all_ranks_are_a_row_and_cost_the_same() -> None:

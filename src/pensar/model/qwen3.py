@@ -140,12 +140,16 @@ def initialize(model: Qwen3, seed: int, *, previous_token_heads: bool = False) -
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            else:
-                parameter.copy_(_normal(parameter.shape, seed, name) * model.config.initializer_range)
+            parameter.copy_(initial_values(name, parameter.shape, model.config, seed))
         if previous_token_heads:
             _look_back(model, seed)
+
+
+def initial_values(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
+    """What `initialize` gives the parameter of this name and shape, float32."""
+    if name.endswith("norm.weight"):
+        return torch.ones(tuple(shape))
+    return _normal(shape, seed, name) * config.initializer_range
 
 
 def _look_back(model: Qwen3, seed: int, strength: float = 4.0) -> None:

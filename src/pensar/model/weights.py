@@ -3,8 +3,8 @@
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,48 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
         if config.tied and "lm_head.weight" in files:
             _check_tied(model, files["lm_head.weight"], folder)
     return model.eval()
+
+
+@contextmanager
+def opened_weights(folder: Path) -> Iterator[Callable[[str, tuple[slice, ...]], Tensor]]:
+    """The weights of a directory, to be read part by part: (parameter's name, a slice of each dimension) -> values.
+
+    Only the bytes asked for are read. ModelError names the file or tensor and what is wrong with it.
+    """
+    folder = Path(folder)
+    with torch.device("meta"):
+        model = Qwen3(read_config(folder))
+    with ExitStack() as stack:
+        files = dict(_open_all(folder, stack))
+        _check(model, files, folder)
+        width = model.config.moe_intermediate_size
+
+        def read(name: str, window: tuple[slice, ...]) -> Tensor:
+            if name in files:
+                part: Tensor = files[name].get_slice(name)[window]
+                return part
+            experts = range(window[0].start, window[0].stop)
+            return torch.stack([_expert_part(name, expert, window[1:], width, files) for expert in experts])
+
+        yield read
+
+
+def _expert_part(
+    name: str, expert: int, window: tuple[slice, ...], width: int, files: Mapping[str, OpenFile]
+) -> Tensor:
+    """Rows and columns of one expert's share of a stacked parameter; gate and up projection lie one on the other."""
+    prefix, kind = name.rsplit(".", 1)
+    rows, columns = window
+    if kind == "down_proj":
+        disk = f"{prefix}.{expert}.down_proj.weight"
+        return files[disk].get_slice(disk)[rows, columns]  # type: ignore[no-any-return]
+    parts = []
+    for first, projection in ((0, "gate_proj"), (width, "up_proj")):
+        start, stop = max(rows.start - first, 0), min(rows.stop - first, width)
+        if start < stop:
+            disk = f"{prefix}.{expert}.{projection}.weight"
+            parts.append(files[disk].get_slice(disk)[start:stop, columns])
+    return torch.cat(parts)
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -6,7 +6,7 @@ A stage goes on from the model of the one before it, with its own mixture, conte
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -18,8 +18,9 @@ from pensar.base.ranks import World
 from pensar.base.stage import Counts, Runtime
 from pensar.data.order import PretrainData
 from pensar.model.config import ModelConfig, replace
+from pensar.model.count import parameters
 from pensar.model.qwen3 import Qwen3, initialize
-from pensar.model.weights import load_model
+from pensar.model.weights import load_model, opened_weights, read_config
 from pensar.text.packing import Batch
 from pensar.text.tokenizer import Tokenizer
 from pensar.train.average import AverageConfig
@@ -30,6 +31,9 @@ from pensar.train.loss import LossConfig
 from pensar.train.optimizer import OptimizerConfig
 from pensar.train.recompute import Recompute
 from pensar.train.schedule import ScheduleConfig
+
+if TYPE_CHECKING:
+    from pensar.train.parallel.mesh import Mesh
 
 
 class Shape(Config, frozen=True, kw_only=True):
@@ -123,22 +127,20 @@ def _on_rank(
 
 def _train(config: PretrainConfig, inputs: dict[str, Path], place: Place) -> Counts:
     tokenizer = Tokenizer.load(inputs["tokenizer"])
-    model = _start(config, inputs, tokenizer)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    rows = max(1, config.batch_tokens // config.context)
-    if place.mesh is not None:
-        from pensar.train.parallel.run import spread_model
-        from pensar.train.parallel.shard import from_tensors
-
-        place.mesh.layout.check(model.config, config.context, rows)
-        model = spread_model(model, place.mesh, from_tensors(model.state_dict()))
+    shape = _shape(config, inputs, tokenizer)
+    rows, loop = max(1, config.batch_tokens // config.context), config.loop()
+    if place.mesh is None:
+        model = _start(config, inputs, shape)
+    else:
+        place.mesh.layout.check(shape, config.context, rows)
+        model = _spread(config, inputs, shape, place.mesh)
+        if place.mesh.layout.recompute != "none":
+            loop = msgspec.structs.replace(loop, recompute=place.mesh.layout.recompute)
     data = PretrainData(inputs["shards"], mixture=config.mixture, context=config.context, seed=config.seed)
-    loop = config.loop()
-    if place.mesh is not None and place.mesh.layout.recompute != "none":
-        loop = msgspec.structs.replace(loop, recompute=place.mesh.layout.recompute)
     fit(model, row_batches(data, config), loop, place, name=f"pre-training, {config.mixture}")
     finish(model, tokenizer, place)
-    return {"steps": loop.steps, "tokens": loop.steps * rows * config.context, "parameters": num_parameters}
+    num_tokens = loop.steps * rows * config.context
+    return {"steps": loop.steps, "tokens": num_tokens, "parameters": parameters(shape).total}
 
 
 def row_batches(data: PretrainData, config: PretrainConfig) -> Callable[[int], list[Batch]]:
@@ -159,21 +161,37 @@ def row_batches(data: PretrainData, config: PretrainConfig) -> Callable[[int], l
     return batches_of
 
 
-def _start(config: PretrainConfig, inputs: dict[str, Path], tokenizer: Tokenizer) -> Qwen3:
-    """The model at the stage's first step, with the stage's RoPE base and context."""
-    positions = config.max_positions or config.context
+def _shape(config: PretrainConfig, inputs: dict[str, Path], tokenizer: Tokenizer) -> ModelConfig:
+    """The model's configuration, with the stage's RoPE base and context."""
+    changes = {"rope_theta": config.rope_theta, "max_positions": config.max_positions or config.context}
+    if config.shape is not None:
+        return config.shape.model(tokenizer.vocab_size, **changes)
+    if "model" not in inputs:
+        raise ConfigError(
+            "the stage has neither a `shape` to begin with nor a `model` to go on from; give one"
+        )
+    return replace(read_config(inputs["model"]), **changes)
+
+
+def _start(config: PretrainConfig, inputs: dict[str, Path], shape: ModelConfig) -> Qwen3:
+    """The model at the stage's first step."""
+    model = Qwen3(shape)
     if config.shape is None:
-        if "model" not in inputs:
-            raise ConfigError(
-                "the stage has neither a `shape` to begin with nor a `model` to go on from; give one"
-            )
-        model = load_model(inputs["model"])
-        changed = replace(model.config, rope_theta=config.rope_theta, max_positions=positions)
-        again = Qwen3(changed)
-        again.load_state_dict(model.state_dict())
-        return again
-    model = Qwen3(
-        config.shape.model(tokenizer.vocab_size, rope_theta=config.rope_theta, max_positions=positions)
-    )
-    initialize(model, config.seed, previous_token_heads=config.shape.previous_token_heads)
+        model.load_state_dict(load_model(inputs["model"]).state_dict())
+    else:
+        initialize(model, config.seed, previous_token_heads=config.shape.previous_token_heads)
     return model
+
+
+def _spread(config: PretrainConfig, inputs: dict[str, Path], shape: ModelConfig, mesh: "Mesh") -> Qwen3:
+    """This rank's part of the same model; no rank ever has the whole, but for the heads that look back."""
+    from pensar.train.parallel.run import spread_model
+    from pensar.train.parallel.shard import from_seed, from_tensors
+
+    if config.shape is None:
+        with opened_weights(inputs["model"]) as read:
+            return spread_model(shape, mesh, read)
+    if config.shape.previous_token_heads:
+        whole = _start(config, inputs, shape)
+        return spread_model(shape, mesh, from_tensors(whole.state_dict()))
+    return spread_model(shape, mesh, from_seed(shape, config.seed))

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from pensar.base.errors import ConfigError
 from pensar.base.ranks import World
+from pensar.model.config import ModelConfig
 from pensar.model.qwen3 import Qwen3
 from pensar.train.layout import Layout
 from pensar.train.parallel.mesh import Mesh
@@ -52,12 +53,12 @@ def opened_mesh(world: World, layout: Layout) -> Iterator[Mesh]:
             dist.destroy_process_group()
 
 
-def spread_model(model: Qwen3, mesh: Mesh, source: Source) -> Qwen3:
-    """This rank's part of a model of the same configuration; bfloat16 arithmetic on an accelerator that has it."""
+def spread_model(config: ModelConfig, mesh: Mesh, source: Source) -> Qwen3:
+    """This rank's part of a model, in training mode; bfloat16 arithmetic on an accelerator that has it."""
     with torch.device("meta"):
-        empty = Qwen3(model.config)
+        empty = Qwen3(config)
     fast = mesh.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return shard(empty, mesh, source, torch.bfloat16 if fast else None).train(model.training)
+    return shard(empty, mesh, source, torch.bfloat16 if fast else None).train()
 
 
 def gathered_model(model: Qwen3, mesh: Mesh) -> Qwen3 | None:

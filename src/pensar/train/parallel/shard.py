@@ -11,8 +11,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from pensar.base.errors import ConfigError
+from pensar.model.config import ModelConfig
 from pensar.model.moe import SparseMLP
-from pensar.model.qwen3 import Block, Qwen3
+from pensar.model.qwen3 import Block, Qwen3, initial_values
 from pensar.train.parallel.expert import split_experts
 from pensar.train.parallel.mesh import Mesh
 from pensar.train.parallel.parts import Window, local_of, window_of
@@ -57,6 +58,13 @@ def shard(model: Qwen3, mesh: Mesh, source: Source, precision: torch.dtype | Non
 def from_tensors(state: dict[str, Tensor]) -> Source:
     """The weights of a state that every rank has whole."""
     return lambda name, window: state[name][window]
+
+
+def from_seed(config: ModelConfig, seed: int) -> Source:
+    """The initial weights: those of `initialize` on one rank, whatever the layout; drawn one whole tensor at a time."""
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Qwen3(config).named_parameters()}
+    return lambda name, window: initial_values(name, shapes[name], config, seed)[window]
 
 
 def _blocks(model: Qwen3) -> Iterator[Block]:
