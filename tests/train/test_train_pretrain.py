@@ -1,5 +1,6 @@
 """Pre-training: rows masked where documents begin, and stages that go on from one another."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,10 @@ from pensar.base.errors import ConfigError
 from pensar.base.files import read_jsonl
 from pensar.base.stage import Runtime
 from pensar.data.order import PretrainData, Row
+from pensar.data.shards import Shards
 from pensar.model.weights import load_model
 from pensar.text.tokenizer import Tokenizer
-from pensar.train.pretrain import PretrainConfig, Shape, row_batches, run
+from pensar.train.pretrain import PretrainConfig, Shape, documents_of_step, row_batches, run
 from tiny import tiny_tokenizer, write_shards
 
 SHAPE = Shape(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48)
@@ -99,3 +101,31 @@ def test_a_stage_without_a_beginning_is_refused(corpus: dict[str, Path], tmp_pat
     config = PretrainConfig(tokens=96, mixture="general", context=48)
     with pytest.raises(ConfigError, match="neither a `shape` to begin with nor a `model`"):
         run(config, corpus, tmp_path, Runtime(logs=tmp_path / "logs"))
+
+
+def test_a_step_tells_the_documents_that_it_learned_from(corpus: dict[str, Path], tmp_path: Path) -> None:
+    config = PretrainConfig(tokens=960, mixture="general", context=48, batch_tokens=96)
+    shards = Shards(corpus["shards"])
+    order = {name: number for number, name in enumerate(shards.docs["doc_id"].to_pylist())}
+    data = PretrainData(corpus["shards"], mixture="general", context=48, seed=1)
+    batches_of = row_batches(data, config)
+
+    def agrees(step: int, data_step: int) -> None:
+        (batch,) = batches_of(data_step)
+        shown = documents_of_step(config, corpus["shards"], tmp_path, step)
+        assert {item.source for item in shown} == {shards.docs["source"].to_pylist()[0]}
+        for row, (tokens, segments) in enumerate(zip(batch.tokens, batch.segments, strict=True)):
+            pieces = [tokens[segments == segment].tolist() for segment in dict.fromkeys(segments.tolist())]
+            named = [shards.tokens(order[item.document]).tolist() for item in shown if item.row == row]
+            assert len(pieces) == len(named)
+            for piece, whole in zip(pieces, named, strict=True):
+                assert any(whole[at : at + len(piece)] == piece for at in range(len(whole)))
+
+    for step in range(10):
+        agrees(step, step)
+    gap = {"step": 3, "back_to": 2, "first": 2, "last": 3, "reason": "the loss is not finite (loss nan)"}
+    (tmp_path / "skipped.json").write_text(json.dumps([gap]))
+    agrees(1, 1)
+    agrees(2, 4)
+    with pytest.raises(ConfigError, match=r"step 10 is not one of the stage's 10"):
+        documents_of_step(config, corpus["shards"], tmp_path, 10)

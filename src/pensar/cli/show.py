@@ -14,7 +14,7 @@ from pensar.cli.screen import Screen, counts_text
 from pensar.report.numbers import duration, plural, size
 
 
-def show(path: Path, /, *, verify: Flag = False, json: Json = False) -> None:
+def show(path: Path, /, *, verify: Flag = False, step: int | None = None, json: Json = False) -> None:
     """Show an artifact: what it came from and went into, counts, configuration, files and times.
 
     Of a run's folder it lists the artifacts.
@@ -25,9 +25,14 @@ def show(path: Path, /, *, verify: Flag = False, json: Json = False) -> None:
         Folder of an artifact, a link to one, or a run's folder.
     verify
         Compare the digest of every file.
+    step
+        Of a pre-training stage: list the documents that this step learned from.
     """
     with Screen(json) as screen:
         artifact = open_artifact(path)
+        if step is not None:
+            _show_step(screen, artifact, step)
+            return
         listed = artifacts_in(artifact.folder)
         if artifact.manifest is not None:
             _show_artifact(screen, artifact, artifact.manifest, verify)
@@ -69,6 +74,24 @@ def _show_artifact(screen: Screen, artifact: Artifact, manifest: Manifest, verif
             "descendants": [_reference(item) for item in after],
         }
     )
+
+
+def _show_step(screen: Screen, artifact: Artifact, step: int) -> None:
+    from pensar.base.config import convert
+    from pensar.train.pretrain import PretrainConfig, documents_of_step
+
+    manifest = artifact.manifest
+    if manifest is None or "mixture" not in manifest.config or "shards" not in manifest.inputs:
+        raise DataError(
+            f"{artifact.folder} is no pre-training stage; only they learn from documents step by step. "
+            "pensar show of it names those it came from"
+        )
+    shards = artifact.folder.parent / manifest.inputs["shards"].folder
+    shown = documents_of_step(convert(manifest.config, PretrainConfig), shards, artifact.folder, step)
+    screen.table(
+        ("row", "document", "source"), [(str(row), name, source) for row, name, source in shown], right=(0,)
+    )
+    screen.result({"folder": str(artifact.folder), "step": step, "documents": [s._asdict() for s in shown]})
 
 
 def _show_run(screen: Screen, folder: Path, listed: Sequence[Artifact]) -> None:

@@ -111,6 +111,15 @@ class Guard:
         )
         self.skipped.append(gap)
 
+    @classmethod
+    def of(cls, config: GuardConfig, folder: Path) -> "Guard":
+        """The guard of a finished stage, as far as its artifact tells: what was skipped."""
+        guard = cls(config)
+        path = folder / _FILE
+        if path.exists():
+            guard.skipped = msgspec.json.decode(path.read_bytes(), type=list[Skipped])
+        return guard
+
     def write(self, folder: Path) -> None:
         """Writes what was skipped so far as skipped.json; no file where nothing was."""
         if self.skipped:

@@ -6,7 +6,7 @@ A stage goes on from the model of the one before it, with its own mixture, conte
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -24,7 +24,7 @@ from pensar.model.weights import load_model, opened_weights, read_config
 from pensar.text.packing import Batch
 from pensar.text.tokenizer import Tokenizer
 from pensar.train.average import AverageConfig
-from pensar.train.guard import GuardConfig
+from pensar.train.guard import Guard, GuardConfig
 from pensar.train.layout import parse_layout
 from pensar.train.loop import LoopConfig, Place, finish, fit
 from pensar.train.loss import LossConfig
@@ -159,6 +159,33 @@ def row_batches(data: PretrainData, config: PretrainConfig) -> Callable[[int], l
         return [Batch(tokens=tokens, positions=positions.astype(np.int32), segments=segments, ce=ce)]
 
     return batches_of
+
+
+class Shown(NamedTuple):
+    """A document that a step learned from."""
+
+    row: int
+    """Of the step's batch."""
+    document: str
+    """Id of the document."""
+    source: str
+
+
+def documents_of_step(config: PretrainConfig, shards: Path, artifact: Path, step: int) -> list[Shown]:
+    """What step `step` of a finished stage learned from, row by row; ConfigError for a step that it did not take."""
+    steps = config.loop().steps
+    if not 0 <= step < steps:
+        raise ConfigError(f"step {step} is not one of the stage's {steps:,}; they are numbered from 0")
+    data = PretrainData(shards, mixture=config.mixture, context=config.context, seed=config.seed)
+    rows = max(1, config.batch_tokens // config.context)
+    first = Guard.of(config.guard, artifact).data_step(step) * rows
+    ids, sources = data.shards.docs["doc_id"].to_pylist(), data.shards.docs["source"].to_pylist()
+    source_of = dict(zip(ids, sources, strict=True))
+    return [
+        Shown(row, document, source_of[document])
+        for row in range(rows)
+        for document in data.documents_of(first + row)
+    ]
 
 
 def _shape(config: PretrainConfig, inputs: dict[str, Path], tokenizer: Tokenizer) -> ModelConfig:
