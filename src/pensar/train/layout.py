@@ -69,14 +69,6 @@ class Layout(Config, frozen=True, kw_only=True):
                 )
         if self.ep > 1 and not model.num_experts:
             raise ConfigError(f"layout: ep {self.ep} with a dense model, which has no experts; use dp_shard")
-        if self.tp > 1 and model.num_experts:
-            raise ConfigError(
-                f"layout: tp {self.tp} with a mixture of experts; use ep, dp_shard and cp for it"
-            )
-        if self.pp > 1 and model.num_experts:
-            raise ConfigError(
-                f"layout: pp {self.pp} with a mixture of experts; use ep, dp_shard and cp for it"
-            )
         if self.pp > model.num_layers:
             raise ConfigError(
                 f"layout: pp {self.pp} is more than the {model.num_layers} layers; use at most as many"

@@ -108,6 +108,12 @@ class Inputs(NamedTuple):
     """[B t], False for padding."""
     columns: Tensor | None = None
     """Which columns [t] of the batch's rows these are; None for all."""
+    routed_N: Tensor | None = None
+    """Of `real_N` the tokens that this rank's routers see; None for all of them."""
+
+    @property
+    def routed(self) -> Tensor:
+        return self.real_N if self.routed_N is None else self.routed_N
 
     def hidden(self, model: Qwen3) -> Tensor:
         """Last hidden states [B, t, D]."""
@@ -158,7 +164,7 @@ def batch_loss(
             taught = inputs.hidden(teacher)
     loss, totals = states_loss(model, hidden, batch, inputs, normalisers, config, teacher, taught)
     if balance is not None:
-        layers, real_N = routings(model), inputs.real_N
+        layers, real_N = routings(model), inputs.routed
         evenness = balance.loss(layers, real_N)
         loss = loss + model.config.router_balance_weight * evenness
         totals.balance = float(evenness.detach())

@@ -52,6 +52,17 @@ class Spread(Protocol):
         """What this rank's model takes of its rows."""
         ...
 
+    @property
+    def routed(self) -> World:
+        """The ranks whose tokens the routers of this rank's layers share out."""
+        ...
+
+    def balance(
+        self, model: Qwen3, num_tokens: int, batches: Sequence[Batch | None], config: LossConfig
+    ) -> Balance:
+        """The balance of a sparse model's step about to begin, of `num_tokens` over all ranks."""
+        ...
+
     def backward(self, model: Qwen3, batches: Sequence[Batch | None], work: "Work") -> Tensor:
         """Forward and backward of this rank's part of each micro-batch; returns the `Totals` of all of them."""
         ...
@@ -75,13 +86,18 @@ class Replicated:
     """Every rank has the whole model and some of the rows."""
 
     def __init__(self, world: World) -> None:
-        self.data = self.tokens = world
+        self.data = self.tokens = self.routed = world
 
     def share(self, batch: Batch) -> Batch | None:
         return share(batch, self.data)
 
     def inputs(self, batch: Batch) -> Inputs:
         return inputs_of(batch)
+
+    def balance(
+        self, model: Qwen3, num_tokens: int, batches: Sequence[Batch | None], config: LossConfig
+    ) -> Balance:
+        return counted(self, model, num_tokens, batches, config)
 
     def backward(self, model: Qwen3, batches: Sequence[Batch | None], work: Work) -> Tensor:
         return one_by_one(self, model, batches, work)
@@ -112,7 +128,9 @@ def train_step(
     spread = Replicated(ranks) if isinstance(ranks, World) else ranks
     mine = [spread.share(batch) for batch in batches]
     normalisers = weights_of([batch for batch in mine if batch is not None], spread.data)
-    balance = _balance(model, batches, mine, spread, loss_config)
+    balance = None
+    if model.config.num_experts and model.training:
+        balance = spread.balance(model, sum(batch.num_tokens for batch in batches), mine, loss_config)
     sums = spread.backward(model, mine, Work(normalisers, loss_config, teacher, balance))
     spread.reduce_gradients(optimizer)
     spread.tokens.all_reduce_(sums)
@@ -171,22 +189,20 @@ def reduce_gradients(optimizer: Updates, world: World) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def _balance(
-    model: Qwen3, batches: list[Batch], mine: Sequence[Batch | None], spread: Spread, config: LossConfig
-) -> Balance | None:
-    """The balance of a step about to begin; None for a dense model, and outside training mode."""
-    if not (model.config.num_experts and model.training):
-        return None
+def counted(
+    spread: Spread, model: Qwen3, num_tokens: int, batches: Sequence[Batch | None], config: LossConfig
+) -> Balance:
+    """A balance whose assignments are those of the whole step, where that takes a pass beforehand and is asked for."""
     device = model.model.embed_tokens.weight.device
-    balance = Balance(model.config, sum(batch.num_tokens for batch in batches), spread.tokens, device)
+    balance = Balance(model.config, num_tokens, spread.routed, device)
     if config.exact_balance and len(batches) > 1 and model.config.router_balance_weight:
         counts_LE = torch.zeros_like(balance.counts_LE)
         with torch.no_grad():
-            for batch in mine:
+            for batch in batches:
                 if batch is not None:
                     inputs = spread.inputs(batch)
                     inputs.hidden(model)
-                    counts_LE += expert_counts(routings(model), inputs.real_N)
+                    counts_LE += expert_counts(routings(model), inputs.routed)
         balance.settle(counts_LE)
     return balance
 

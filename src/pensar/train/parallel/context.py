@@ -15,10 +15,13 @@ from torch.nn import functional as F
 from pensar.base.errors import ConfigError
 from pensar.base.ranks import World
 from pensar.model.attention import Attend, Packed
+from pensar.train.parallel.mesh import Mesh
 
 
 def columns_of(rank: int, size: int, num_tokens: int) -> Tensor:
     """Which columns [t] of a row a rank holds: the piece `rank` of 2 * size, and the one as far from the end."""
+    if size == 1:
+        return torch.arange(num_tokens)
     if num_tokens % (2 * size):
         raise ConfigError(
             f"rows of {num_tokens} tokens do not split into {2 * size} equal pieces for {size} context ranks; "
@@ -63,6 +66,16 @@ def attend_over(segments_BT: Tensor, context: World) -> Attend:
         # Attention over padding computes nothing, and every rank must have gradients of every weight.
         segments_BT = torch.ones_like(segments_BT)
     return Packed(segments_BT) if context.size == 1 else GatheredContext(segments_BT, context)
+
+
+def routed_of(segments_BT: Tensor, mesh: Mesh) -> Tensor:
+    """Which of the tokens that this rank's routers see are real: [N]; tensor ranks split those of a context rank."""
+    context, split = mesh.context, mesh.layout.tp
+    columns = columns_of(context.rank, context.size, segments_BT.shape[1])
+    share = len(columns) // split
+    rank = mesh.heads.get_local_rank()
+    mine = columns[rank * share : (rank + 1) * share].to(segments_BT.device)
+    return (segments_BT[:, mine] != 0).flatten()
 
 
 def _gathered(x_BtKh: Tensor, group: Any) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from pensar.base.errors import ConfigError
 from pensar.model.config import ModelConfig
 from pensar.model.moe import SparseMLP
 from pensar.model.qwen3 import Block, Qwen3, initial_values
@@ -31,17 +30,9 @@ def shard(model: Qwen3, mesh: Mesh, source: Source, precision: torch.dtype | Non
     stay float32. Gradients are sums over the ranks, not means: the loss is divided by the step's weight already.
     """
     if mesh.layout.pp > 1:
-        if model.config.num_experts:
-            raise ConfigError(
-                f"pp {mesh.layout.pp} with experts; spread a mixture of experts by ep, shards and context instead"
-            )
         cut_depth(model, mesh)
     sparse = [block.mlp for block in _blocks(model) if isinstance(block.mlp, SparseMLP)]
     if mesh.layout.tp > 1:
-        if sparse:
-            raise ConfigError(
-                f"tp {mesh.layout.tp} with experts; spread a mixture of experts by ep, shards and context instead"
-            )
         split_tensors(model, mesh.heads)
     if mesh.layout.ep > 1:
         for mlp in sparse:
@@ -87,7 +78,7 @@ def _shard_weights(model: Qwen3, mesh: Mesh, precision: MixedPrecisionPolicy) ->
         return Shard(0 if local_of(parameter).shape[0] >= shards else 1)
 
     for block in _blocks(model):
-        if mesh.layout.ep > 1 and isinstance(block.mlp, SparseMLP):
+        if mesh.layout.ep * mesh.layout.tp > 1 and isinstance(block.mlp, SparseMLP):
             fully_shard(
                 block.mlp.experts, mesh=mesh.expert_weights, mp_policy=precision, shard_placement_fn=placement
             )

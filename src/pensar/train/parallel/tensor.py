@@ -18,11 +18,12 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional as F
 
+from pensar.model.moe import SparseMLP
 from pensar.model.qwen3 import Block, Qwen3
 
 
 def split_tensors(model: Qwen3, mesh: DeviceMesh) -> None:
-    """Splits the parameters of a dense model over a one-dimensional mesh; what it computes stays the same."""
+    """Splits the parameters of the model over a one-dimensional mesh; what it computes stays the same."""
     ends: dict[str, ParallelStyle] = {
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "model.norm": SequenceParallel(),
@@ -31,7 +32,7 @@ def split_tensors(model: Qwen3, mesh: DeviceMesh) -> None:
     parallelize_module(model, mesh, {name: style for name, style in ends.items() if _has(model, name)})
     for block in model.model.layers:
         assert isinstance(block, Block)
-        parallelize_module(block, mesh, _block_plan())
+        parallelize_module(block, mesh, _block_plan(sparse=isinstance(block.mlp, SparseMLP)))
     if _has(model, "model.norm"):
         model.model.norm.register_forward_hook(_gather_tokens)
         model.logits = _Logits(model, mesh)  # type: ignore[method-assign]
@@ -49,10 +50,19 @@ class _Logits:
         return F.linear(hidden, head.weight).full_tensor()  # type: ignore[attr-defined, no-any-return]
 
 
-def _block_plan() -> dict[str, ParallelStyle]:
-    """One gather of the tokens before each half of the block and one scatter after it."""
+def _block_plan(*, sparse: bool) -> dict[str, ParallelStyle]:
+    """One gather of the tokens before each half of the block and one scatter after it.
+
+    A sparse MLP takes the tokens of its rank as they are: its experts are split otherwise.
+    """
     tokens, everything = Shard(1), Replicate()
-    return {
+    dense: dict[str, ParallelStyle] = {
+        "mlp": PrepareModuleInput(input_layouts=(tokens,), desired_input_layouts=(everything,)),
+        "mlp.gate_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(output_layouts=tokens),
+    }
+    attention: dict[str, ParallelStyle] = {
         "input_layernorm": SequenceParallel(),
         "self_attn": PrepareModuleInput(
             input_layouts=(tokens, None, None, None), desired_input_layouts=(everything, None, None, None)
@@ -64,12 +74,9 @@ def _block_plan() -> dict[str, ParallelStyle]:
         "self_attn.q_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
         "self_attn.k_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
         "self_attn.o_proj": RowwiseParallel(output_layouts=tokens),
-        "post_attention_layernorm": SequenceParallel(),
-        "mlp": PrepareModuleInput(input_layouts=(tokens,), desired_input_layouts=(everything,)),
-        "mlp.gate_proj": ColwiseParallel(),
-        "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(output_layouts=tokens),
+        "post_attention_layernorm": SequenceParallel(use_local_output=sparse),
     }
+    return attention if sparse else attention | dense
 
 
 def _gather_tokens(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
