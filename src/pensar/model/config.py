@@ -19,6 +19,29 @@ class Yarn(Config, frozen=True):
     """Multiplies cosine and sine; None for 0.1 ln(factor) + 1."""
 
 
+class Chunks(Config, frozen=True):
+    """Dual Chunk Attention (arXiv 2402.17463) with the meaning of `dual_chunk_attention_config`."""
+
+    chunk_size: int
+    """The largest distance between a query and a key; rows of L trained tokens hold distances up to L - 1."""
+    local_size: int
+    """Tokens after a chunk's end for which the distance to the chunk before is the true one."""
+    original_max_positions: int | None = None
+    """Longer texts get YaRN's attention temperature; None for none."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.local_size < self.chunk_size:
+            raise ConfigError(
+                f"local_size {self.local_size} is not in 0..chunk_size - 1 ({self.chunk_size - 1}); "
+                "a chunk has chunk_size - local_size tokens"
+            )
+
+    @property
+    def chunk_len(self) -> int:
+        """Tokens of one chunk."""
+        return self.chunk_size - self.local_size
+
+
 class ModelConfig(Config, frozen=True):
     """Dense when `num_experts` is 0, else every layer is a mixture of experts."""
 
@@ -32,6 +55,8 @@ class ModelConfig(Config, frozen=True):
     """Width of the dense SwiGLU; unused by a mixture of experts."""
     rope_theta: float = 1_000_000.0
     rope_scaling: Yarn | None = None
+    dual_chunk: Chunks | None = None
+    """How inference may read texts longer than `max_positions`; training pays no heed to it."""
     max_positions: int = 40_960
     rms_norm_eps: float = 1e-6
     tied: bool = False
@@ -52,6 +77,11 @@ class ModelConfig(Config, frozen=True):
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs: use an even number")
+        if self.rope_scaling and self.dual_chunk and self.dual_chunk.original_max_positions is not None:
+            raise ConfigError(
+                f"dual_chunk.original_max_positions is {self.dual_chunk.original_max_positions} beside a "
+                "rope_scaling, so that YaRN's temperature would count twice; leave one of them out"
+            )
         if self.num_experts and not 0 < self.experts_per_token <= self.num_experts:
             raise ConfigError(
                 f"experts_per_token {self.experts_per_token} is not in 1..num_experts ({self.num_experts})"

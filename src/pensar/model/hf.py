@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pensar.base.errors import ModelError
-from pensar.model.config import ModelConfig, Yarn
+from pensar.model.config import Chunks, ModelConfig, Yarn
 
 _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 _YARN_KEYS = {
@@ -76,6 +76,8 @@ def to_hf(
             "output_router_logits": False,
             "router_aux_loss_coef": config.router_balance_weight,
         }
+    if config.dual_chunk is not None:
+        content["dual_chunk_attention_config"] = _chunk_keys(config.dual_chunk)
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
     return content | {key: value for key, value in ids.items() if value is not None}
 
@@ -99,6 +101,7 @@ def from_hf(content: Mapping[str, Any], source: str = "config.json") -> ModelCon
         intermediate_size=0 if num_experts else read.required("intermediate_size"),
         rope_theta=theta,
         rope_scaling=yarn,
+        dual_chunk=_chunks(content, source),
         max_positions=read.optional("max_position_embeddings", 32_768),
         rms_norm_eps=read.optional("rms_norm_eps", 1e-6),
         tied=read.optional("tie_word_embeddings", False),
@@ -207,6 +210,27 @@ def _rope(content: Mapping[str, Any], source: str) -> tuple[float, Yarn | None]:
         beta_fast=float(rope.get("beta_fast") or 32.0),
         beta_slow=float(rope.get("beta_slow") or 1.0),
         attention_factor=rope.get("attention_factor"),
+    )
+
+
+def _chunk_keys(chunks: Chunks) -> dict[str, int]:
+    keys = {"chunk_size": chunks.chunk_size, "local_size": chunks.local_size}
+    original = chunks.original_max_positions
+    return keys if original is None else keys | {"original_max_position_embeddings": original}
+
+
+def _chunks(content: Mapping[str, Any], source: str) -> Chunks | None:
+    """Dual Chunk Attention; keys about sparse attention, which only approximates it, are passed over."""
+    keys = content.get("dual_chunk_attention_config")
+    if not keys:
+        return None
+    read = _Reader(keys, f"{source}: dual_chunk_attention_config")
+    # Engines read 0 as no temperature.
+    original = read.optional("original_max_position_embeddings", 0) or None
+    return Chunks(
+        chunk_size=read.required("chunk_size"),
+        local_size=read.required("local_size"),
+        original_max_positions=original,
     )
 
 
