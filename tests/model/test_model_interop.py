@@ -1,14 +1,11 @@
 """What is written opens elsewhere: keras-hub computes the same, llama.cpp's and vLLM's names cover every tensor."""
 
-import re
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from pensar.model.attention import Packed
-from pensar.model.config import Yarn
-from pensar.model.sizes import SIZES
 from pensar.model.weights import save_model
 
 
