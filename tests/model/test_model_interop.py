@@ -1,6 +1,5 @@
 """What is written opens elsewhere: keras-hub computes the same, llama.cpp's and vLLM's names cover every tensor."""
 
-
 import pytest
 import torch
 from safetensors import safe_open
