@@ -20,6 +20,7 @@ from pensar.train.parallel.optimizer import ShardedOptimizer
 from pensar.train.parallel.run import gathered_model, opened_mesh, spread_model
 from pensar.train.parallel.shard import from_seed, from_tensors
 from pensar.train.parallel.step import Meshed
+from pensar.train.recompute import Recompute, recomputed
 from pensar.train.step import train_step
 from tiny import tiny_model
 
@@ -51,11 +52,17 @@ def batches(step: int, rows: int, micro_batches: int = 1, width: int = 16) -> li
 
 
 def steps(
-    world: World, layout: str, changes: dict[str, Any], rows: int, micro_batches: int
+    world: World,
+    layout: str,
+    changes: dict[str, Any],
+    rows: int,
+    micro_batches: int,
+    recompute: Recompute = "none",
 ) -> tuple[Metrics, Weights]:
     """Metrics of four steps and the weights after the last; without a layout on every rank the whole model."""
     whole = tiny_model(**changes)
-    config, loss = OptimizerConfig(weight_decay=0.1), LossConfig()
+    config = OptimizerConfig(weight_decay=0.1)
+    loss = LossConfig(z_loss=1e-3, router_z_loss=1e-2, chunk_tokens=11)
     data = [batches(step, rows, micro_batches) for step in range(4)]
     if not layout:
         optimizer = Optimizer(whole, config)
@@ -63,7 +70,8 @@ def steps(
     with opened_mesh(world, parse_layout(layout)) as mesh:
         model = spread_model(whole.config, mesh, from_tensors(whole.state_dict()))
         spread = ShardedOptimizer(model, config, mesh)
-        metrics = [train_step(model, spread, parts, 1.0, Meshed(mesh), loss) for parts in data]
+        with recomputed(model, recompute):
+            metrics = [train_step(model, spread, parts, 1.0, Meshed(mesh), loss) for parts in data]
         gathered = gathered_model(model, mesh)
         return metrics, weights(gathered) if gathered is not None else {}
 

@@ -15,6 +15,7 @@ from pensar.model.weights import save_model
 from pensar.train.layout import Layout, parse_layout
 from pensar.train.parallel.context import columns_of
 from pensar.train.parallel.pipeline import layers_of
+from pensar.train.recompute import Recompute
 from tiny import SPARSE, tiny_model
 
 Crews = Callable[[int], Crew]
@@ -194,6 +195,37 @@ def test_layers_are_shared_out_in_order() -> None:
 def test_what_cannot_be_cut_is_refused(layout: str, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         parse_layout(layout).check(tiny_model(**changes).config, context=16, rows=8)
+
+
+def test_what_cannot_be_replayed_is_refused() -> None:
+    experts, dense = tiny_model(**MIXED).config, tiny_model().config
+    for layout in (parse_layout("shard=2,ep=2"), parse_layout("tp=2")):
+        with pytest.raises(ConfigError, match="use full or none"):
+            layout.check_recompute(experts, "selective")
+        layout.check_recompute(experts, "full")
+        layout.check_recompute(dense, "selective")
+    parse_layout("shard=2").check_recompute(experts, "selective")
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "recompute"),
+    [
+        ("shard=2", {}, "selective"),
+        ("tp=2", {}, "selective"),
+        ("cp=2", {}, "full"),
+        ("shard=2,ep=2", MIXED, "full"),
+        ("pp=2,micro_batches=2", MIXED | DEEP, "selective"),
+    ],
+)
+def test_recomputing_changes_nothing(
+    layout: str, changes: dict[str, Any], recompute: Recompute, crews: Crews
+) -> None:
+    expected, _ = parallel_work.steps(World(), "", changes, 4, 2)
+    found, _ = crews(2).call(parallel_work.steps, layout, changes, 4, 2, recompute)
+    for one, many in zip(expected, found, strict=True):
+        for name in ("loss", "gradient_norm", "balance", "z_loss", "router_z_loss"):
+            if name in one:
+                assert many[name] == pytest.approx(one[name], abs=1e-5), name
 
 
 def test_layouts_are_written_as_they_are_read() -> None:

@@ -89,6 +89,14 @@ class Layout(Config, frozen=True, kw_only=True):
                 "micro-batches each; a pipeline needs equal ones"
             )
 
+    def check_recompute(self, model: ModelConfig, recompute: str) -> None:
+        """ConfigError where torch cannot replay a block: experts with shards of their own gather them otherwise."""
+        if recompute == "selective" and model.num_experts and self.ep * self.tp > 1:
+            raise ConfigError(
+                f"layout: recompute selective with ep {self.ep} and tp {self.tp} for a mixture of experts; "
+                "use full or none"
+            )
+
     def __str__(self) -> str:
         return format_layout(self)
 

@@ -221,6 +221,8 @@ def _forms(model: ModelConfig, cluster: Cluster) -> Iterator[tuple[Layout, Step]
                 exact_balance=cluster.exact_balance,
             )
             for policy in POLICIES:
+                if not _replayable(layout, model, policy):
+                    continue
                 micro = passes if layout.pp > 1 else 1
                 yield _with(layout, micro_batches=micro, recompute=policy), step
 
@@ -228,6 +230,14 @@ def _forms(model: ModelConfig, cluster: Cluster) -> Iterator[tuple[Layout, Step]
 def _with(layout: Layout, *, micro_batches: int, recompute: str) -> Layout:
     sizes = dict(zip(("dp_replicate", "dp_shard", "cp", "tp", "ep", "pp"), _sizes(layout), strict=True))
     return Layout(**sizes, micro_batches=micro_batches, recompute=recompute)  # type: ignore[arg-type]
+
+
+def _replayable(layout: Layout, model: ModelConfig, recompute: str) -> bool:
+    try:
+        layout.check_recompute(model, recompute)
+    except ConfigError:
+        return False
+    return True
 
 
 def _legal(layout: Layout, model: ModelConfig, cluster: Cluster) -> bool:

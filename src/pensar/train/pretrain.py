@@ -136,6 +136,7 @@ def _train(config: PretrainConfig, inputs: dict[str, Path], place: Place) -> Cou
         model = _spread(config, inputs, shape, place.mesh)
         if place.mesh.layout.recompute != "none":
             loop = msgspec.structs.replace(loop, recompute=place.mesh.layout.recompute)
+        place.mesh.layout.check_recompute(shape, loop.recompute)
     data = PretrainData(inputs["shards"], mixture=config.mixture, context=config.context, seed=config.seed)
     fit(model, row_batches(data, config), loop, place, name=f"pre-training, {config.mixture}")
     finish(model, tokenizer, place)
