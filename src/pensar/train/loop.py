@@ -18,6 +18,7 @@ from pensar.model.weights import save_model
 from pensar.text.packing import Batch
 from pensar.text.tokenizer import Tokenizer
 from pensar.train import checkpoint, sharded
+from pensar.train.arithmetic import Arithmetic, Precision, compiled
 from pensar.train.average import Average, AverageConfig
 from pensar.train.balance import ExpertUse
 from pensar.train.guard import BadStep, Guard, GuardConfig
@@ -48,6 +49,11 @@ class LoopConfig(Config, frozen=True, kw_only=True):
     recompute: Recompute = "none"
     """What the backward pass computes again to save memory: blocks whole (`full`), or all of them but products and
     attention (`selective`)."""
+    precision: Precision = "auto"
+    """Type of the products: `auto` takes bfloat16 if this processor multiplies it at least twice as fast as float32
+    and the model is at least 256 wide. In a layout of ranks always float32."""
+    compile: bool = False
+    """Compile the model's blocks: from a few hundred steps and a width of some 256 on it pays. Not in a layout."""
 
 
 @dataclass(frozen=True)
@@ -150,28 +156,43 @@ def fit(
     """Trains on given batches; the artifact tells what data was skipped and how the experts of a sparse model share."""
     optimizer, ranks = _updating(model, config.optimizer, place)
     guard, use = Guard(config.guard), ExpertUse(config.steps)
+    arithmetic = _arithmetic(model, config, place)
 
     def take(step: int) -> dict[str, float]:
         scale = rate(config.schedule, step, config.steps)
-        values = train_step(
-            model,
-            optimizer,
-            batches_of(guard.data_step(step)),
-            scale,
-            ranks,
-            config.loss,
-            teacher,
-            judge=guard.judge,
-            use=use if step >= use.first else None,
-        )
+        with arithmetic():
+            values = train_step(
+                model,
+                optimizer,
+                batches_of(guard.data_step(step)),
+                scale,
+                ranks,
+                config.loss,
+                teacher,
+                judge=guard.judge,
+                use=use if step >= use.first else None,
+            )
         return values | {"lr": scale * config.optimizer.lr}
 
     model.train()
-    shown, parts = ("loss", "divergence"), {"experts": use}
-    loop(model, optimizer, config, place, take, name=name, shown=shown, guard=guard, parts=parts)
+    shown = ("loss", "divergence")
+    parts: dict[str, Part] = {"experts": use, "arithmetic": arithmetic}
+    with compiled(model, config.compile):
+        loop(model, optimizer, config, place, take, name=name, shown=shown, guard=guard, parts=parts)
     model.eval()
     if place.world.rank == 0:
         use.write(place.out)
+
+
+def _arithmetic(model: Qwen3, config: LoopConfig, place: Place) -> Arithmetic:
+    if place.mesh is None:
+        return Arithmetic(config.precision, model.config.hidden_size, place.world)
+    if config.precision == "bfloat16" or config.compile:
+        raise ConfigError(
+            f"precision={config.precision}, compile={str(config.compile).lower()} in a layout of ranks, which computes "
+            "in float32 and as written; leave them at auto and false, or train without a layout"
+        )
+    return Arithmetic("float32", model.config.hidden_size, place.world)
 
 
 def finish(model: Qwen3, tokenizer: Tokenizer, place: Place) -> None:

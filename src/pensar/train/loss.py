@@ -7,8 +7,8 @@
 
 where a stream is absent its term is; Z_t is the softmax's denominator; the last line is that of a mixture of experts
 in training mode.
-Logits are computed in chunks of tokens that carry weight, with the chunk's graph recomputed in the backward pass, so
-that a full [tokens, vocabulary] matrix is never held.
+Logits are computed in chunks of tokens that carry weight, each with its gradients (or recomputed in the backward pass
+where the output projection is spread over ranks), so that a full [tokens, vocabulary] matrix is never held.
 Shape legend: N tokens that carry weight, D hidden, V vocabulary.
 """
 
@@ -28,6 +28,7 @@ from pensar.model.moe import routings
 from pensar.model.qwen3 import Qwen3
 from pensar.text.packing import Batch
 from pensar.train.balance import Balance
+from pensar.train.head import chunk_tokens, head_loss, plain_head
 
 
 class LossConfig(Config, frozen=True, kw_only=True):
@@ -40,7 +41,8 @@ class LossConfig(Config, frozen=True, kw_only=True):
     """Weight of the mean entropy over policy-gradient tokens: it keeps replies varied while they improve."""
     reverse_kl: bool = False
     """KL(model || teacher) in place of KL(teacher || model)."""
-    chunk_tokens: int = 8_192
+    chunk_tokens: int = 0
+    """Tokens whose logits are held at once; 0 for as many as fit a processor's cache, or 2,048 on an accelerator."""
     z_loss: float = 0.0
     """Weight of log^2 Z of the output softmax, over the cross-entropy's tokens and weights (PaLM, arXiv 2204.02311,
     section 5: 1e-4)."""
@@ -187,12 +189,23 @@ def states_loss(
 ) -> tuple[Tensor, Totals]:
     """The loss of last hidden states [B, t, D], and of a teacher's for the same inputs; without the router's terms."""
     targets = _targets(batch, hidden, taught, inputs.columns)
-    loss = hidden.sum() * 0.0
     totals = Totals(tokens=int(inputs.real_N.sum()))
+    size = config.chunk_tokens or chunk_tokens(model.config.vocab_size, hidden.device.type)
+    head = plain_head(model)
+    if head is not None:
+
+        def loss_of(logits_CV: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+            return _logits_loss(logits_CV, targets.chunk(start, stop), normalisers, config, teacher)
+
+        loss, sums = head_loss(targets.states, head, loss_of, size)
+        if sums is not None:
+            _add(totals, sums)
+        return loss + hidden.sum() * 0.0, totals
+    loss = hidden.sum() * 0.0
     num = len(targets.ids)
-    for start in range(0, num, config.chunk_tokens):
-        chunk = targets.chunk(start, start + config.chunk_tokens)
-        if num <= config.chunk_tokens:
+    for start in range(0, num, size):
+        chunk = targets.chunk(start, start + size)
+        if num <= size:
             part, sums = _chunk_loss(model, chunk, normalisers, config, teacher)
         else:
             part, sums = checkpoint(
@@ -240,8 +253,18 @@ def _chunk_loss(
     config: LossConfig,
     teacher: Qwen3 | None,
 ) -> tuple[Tensor, Tensor]:
+    return _logits_loss(model.logits(at.states), at, normalisers, config, teacher)
+
+
+def _logits_loss(
+    logits_NV: Tensor,
+    at: Targets,
+    normalisers: tuple[float, float, float],
+    config: LossConfig,
+    teacher: Qwen3 | None,
+) -> tuple[Tensor, Tensor]:
     w_ce, w_pg, w_kl = normalisers
-    logits_NV = _at_least_float32(model.logits(at.states))
+    logits_NV = _at_least_float32(logits_NV)
     log_z = logits_NV.logsumexp(-1)
     logprob = logits_NV.gather(1, at.ids[:, None]).squeeze(1) - log_z
     ce = -(at.ce * logprob).sum()

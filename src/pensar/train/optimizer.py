@@ -92,8 +92,8 @@ class Optimizer:
         """
         for group in self.adamw.param_groups:
             group["lr"] = self.config.adamw_lr * scale
-        self.adamw.step()
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            self.adamw.step()
             for matrices, momentum in zip(self.groups, self.momenta, strict=True):
                 self._muon(matrices, momentum, self.config.lr * scale, world)
         self.clear()

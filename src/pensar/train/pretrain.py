@@ -23,6 +23,7 @@ from pensar.model.qwen3 import Qwen3, initialize
 from pensar.model.weights import load_model, opened_weights, read_config
 from pensar.text.packing import Batch
 from pensar.text.tokenizer import Tokenizer
+from pensar.train.arithmetic import Precision
 from pensar.train.average import AverageConfig
 from pensar.train.guard import Guard, GuardConfig
 from pensar.train.layout import parse_layout
@@ -85,6 +86,8 @@ class PretrainConfig(Config, frozen=True, kw_only=True):
     guard: GuardConfig = GuardConfig()
     average: AverageConfig = AverageConfig()
     recompute: Recompute = "none"
+    precision: Precision = "auto"
+    compile: bool = False
 
     def loop(self) -> LoopConfig:
         """The loop's part, with the number of steps that `tokens` makes."""
@@ -98,6 +101,8 @@ class PretrainConfig(Config, frozen=True, kw_only=True):
             guard=self.guard,
             average=self.average,
             recompute=self.recompute,
+            precision=self.precision,
+            compile=self.compile,
         )
 
 

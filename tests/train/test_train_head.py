@@ -1,0 +1,83 @@
+"""The loss through the output projection by chunks: value and gradients are those of all logits at once."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pensar.model.config import ModelConfig
+from pensar.model.qwen3 import Qwen3
+from pensar.train.head import CACHED_LOGITS, chunk_tokens, head_loss, plain_head
+
+TOKENS, WIDTH, WORDS = 23, 6, 17
+
+
+def drawn():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
+    head = torch.randn(WORDS, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
+    return states, head, torch.randint(WORDS, (TOKENS,), generator=generator)
+
+
+def by_chunks(states, head, ids, chunk):
+    def loss_of(logits, start, stop):
+        loss = F.cross_entropy(logits, ids[start:stop], reduction="sum")
+        return loss, torch.stack([loss.detach(), torch.tensor(float(stop - start))])
+
+    return head_loss(states, head, loss_of, chunk)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 22, 23, 100])
+@pytest.mark.parametrize("scale", [1.0, -0.3])
+def test_any_chunk_gives_the_value_and_gradients_of_whole_logits(chunk, scale):
+    (states, head, ids), (states_, head_, _) = drawn(), drawn()
+    loss, sums = by_chunks(states, head, ids, chunk)
+    expected = F.cross_entropy(states_ @ head_.T, ids, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    assert sums.tolist() == pytest.approx([expected.item(), TOKENS])
+    (loss * scale).backward()
+    (expected * scale).backward()
+    torch.testing.assert_close(states.grad, states_.grad)
+    torch.testing.assert_close(head.grad, head_.grad)
+
+
+def test_a_head_used_twice_adds_up_both_gradients():
+    (states, head, ids), (states_, head_, _) = drawn(), drawn()
+    (by_chunks(states, head, ids, 7)[0] + head[ids].sum()).backward()
+    (F.cross_entropy(states_ @ head_.T, ids, reduction="sum") + head_[ids].sum()).backward()
+    torch.testing.assert_close(head.grad, head_.grad)
+
+
+def test_what_is_frozen_gets_no_gradient():
+    states, head, ids = drawn()
+    by_chunks(states, head.detach(), ids, 7)[0].backward()
+    states_, head_, _ = drawn()
+    F.cross_entropy(states_ @ head_.T, ids, reduction="sum").backward()
+    torch.testing.assert_close(states.grad, states_.grad)
+    by_chunks(states_.detach(), head, ids, 7)[0].backward()
+    torch.testing.assert_close(head.grad, head_.grad)
+
+
+def test_without_gradients_the_value_is_the_same():
+    states, head, ids = drawn()
+    with torch.no_grad():
+        loss, _ = by_chunks(states, head, ids, 5)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, by_chunks(states, head, ids, 5)[0].detach())
+    empty, sums = by_chunks(states[:0], head, ids[:0], 5)
+    assert empty.item() == 0.0
+    assert sums is None
+
+
+def test_a_chunk_fits_the_cache_but_is_never_narrow():
+    assert chunk_tokens(4096, "cpu") * 4096 == CACHED_LOGITS
+    assert chunk_tokens(151_936, "cpu") == 256
+    assert chunk_tokens(151_936, "cuda") == 2_048
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_of_a_model_is_its_projection_or_its_embedding(tied):
+    shape = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8}
+    model = Qwen3(ModelConfig(vocab_size=11, intermediate_size=8, tied=tied, **shape))
+    assert plain_head(model) is (model.model.embed_tokens if tied else model.lm_head).weight
+    vars(model)["logits"] = model.logits
+    assert plain_head(model) is None
