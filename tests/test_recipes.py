@@ -11,6 +11,7 @@ from pensar.base.config import canonical, complete, convert
 from pensar.base.errors import ConfigError
 from pensar.base.stage import Stage
 from pensar.evaluate import suite
+from pensar.model.count import flops_per_token
 from pensar.recipe import GROUPS, LINKS, Recipe, estimates, load, stages
 
 FOLDER = Path(__file__).parent.parent / "recipes"
@@ -127,3 +128,14 @@ def test_seeds_of_the_recipe_reach_every_stage_that_trains(path: Path) -> None:
 
 def test_the_module_names_what_the_command_line_asks_for() -> None:
     assert {"load", "stages", "estimates", "GROUPS", "LINKS"} <= set(vars(recipes))
+
+
+def test_an_estimate_for_accelerators_goes_by_their_table_and_layout() -> None:
+    recipe = load(FOLDER / "cluster.yaml")
+    model = recipe.pretraining.general.shape
+    assert model is not None
+    found = estimates(recipe)["pretrain-general"]
+    flops = 30e12 * flops_per_token(model.model(recipe.tokenizer.size), 4_096)
+    assert found.flops == pytest.approx(flops)
+    assert found.seconds == pytest.approx(flops / (512 * 0.28 * 989e12))
+    assert 10 * 2**30 < found.memory_bytes / 512 < 139 * 2**30

@@ -11,6 +11,10 @@ from pensar.posttrain.coldstart import ColdStartConfig
 from pensar.posttrain.distill import OffPolicyConfig, OnPolicyConfig
 from pensar.posttrain.fusion import FusionConfig
 from pensar.posttrain.grpo import GrpoConfig
+from pensar.train.accelerators import GIB, accelerator
+from pensar.train.footprint import Step, memory
+from pensar.train.layout import parse_layout
+from pensar.train.planner import DENSE_MFU, SPARSE_MFU
 from pensar.train.pretrain import PretrainConfig
 
 TRAIN_FLOPS_PER_SECOND = 3.0e10
@@ -28,6 +32,39 @@ BYTES_A_PARAMETER = 20
 """Weights, gradients, two moments and the flat buffer of the gradients' sum, in float32."""
 
 
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run is computed on."""
+
+    ranks: int = 1
+    gpu: str = ""
+    """Of each rank, a name of the table of accelerators; empty for a processor's core."""
+    layout: str = ""
+    """Of pre-training."""
+
+    def train_flops_per_second(self, model: ModelConfig) -> float:
+        """Of one rank."""
+        if not self.gpu:
+            return TRAIN_FLOPS_PER_SECOND
+        return accelerator(self.gpu).bf16_flops * (SPARSE_MFU if model.num_experts else DENSE_MFU)
+
+    def pretraining_bytes(self, model: ModelConfig, config: PretrainConfig) -> float | None:
+        """Of all ranks, as a layout spreads the model; None without one."""
+        if not self.layout:
+            return None
+        layout = parse_layout(self.layout)
+        rows = max(1, config.batch_tokens // config.context)
+        step = Step(
+            context=config.context,
+            rows=-(-rows // (layout.data * layout.accumulate)),
+            accumulate=layout.accumulate,
+            compute_bytes=2 if self.gpu else 4,
+            muon=config.optimizer.muon,
+            exact_balance=config.loss.exact_balance,
+        )
+        overhead = 2.0 * GIB if self.gpu else float(PROCESS_BYTES)
+        return self.ranks * memory(model, layout, step, overhead).total
+
+
 class StageCost(msgspec.Struct, frozen=True, kw_only=True):
     """A stage's expected cost over all processes; seconds by the clock."""
 
@@ -37,7 +74,7 @@ class StageCost(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
 
 
-def estimate(stages: Sequence[Stage], vocab_size: int, ranks: int) -> dict[str, StageCost]:
+def estimate(stages: Sequence[Stage], vocab_size: int, machine: Machine) -> dict[str, StageCost]:
     """The expected cost of each stage that trains, by name; a stage's model is found by following its inputs."""
     models: dict[str, ModelConfig] = {}
     found: dict[str, StageCost] = {}
@@ -48,14 +85,16 @@ def estimate(stages: Sequence[Stage], vocab_size: int, ranks: int) -> dict[str, 
             if config.shape is not None:
                 model = config.shape.model(vocab_size)
             if model is not None:
-                found[stage.name] = _training(
-                    model, config.tokens, config.context, config.batch_tokens, 0, ranks
+                cost = _training(model, config.tokens, config.context, config.batch_tokens, 0, machine)
+                spread = machine.pretraining_bytes(model, config)
+                found[stage.name] = (
+                    cost if spread is None else msgspec.structs.replace(cost, memory_bytes=spread)
                 )
         elif model is not None and isinstance(config, ColdStartConfig | FusionConfig | OffPolicyConfig):
             tokens = config.steps * config.batch_size * REPLY_TOKENS
             drawn = 0 if isinstance(config, ColdStartConfig) else tokens // 4
             batch = config.batch_size * REPLY_TOKENS
-            found[stage.name] = _training(model, tokens, REPLY_TOKENS, batch, drawn, ranks)
+            found[stage.name] = _training(model, tokens, REPLY_TOKENS, batch, drawn, machine)
         elif model is not None and isinstance(config, GrpoConfig | OnPolicyConfig):
             group, learned, probed = 1, 1.0, 0
             if isinstance(config, GrpoConfig):
@@ -64,21 +103,23 @@ def estimate(stages: Sequence[Stage], vocab_size: int, ranks: int) -> dict[str, 
             batch = min(64, config.prompts * group) * REPLY_TOKENS
             learning = int(tokens * learned)
             drawn = (tokens + probed * REPLY_TOKENS) // 2
-            found[stage.name] = _training(model, learning, REPLY_TOKENS, batch, drawn, ranks)
+            found[stage.name] = _training(model, learning, REPLY_TOKENS, batch, drawn, machine)
         if model is not None:
             models[stage.name] = model
     return found
 
 
 def _training(
-    model: ModelConfig, tokens: int, context: int, batch_tokens: int, drawn: int, ranks: int
+    model: ModelConfig, tokens: int, context: int, batch_tokens: int, drawn: int, machine: Machine
 ) -> StageCost:
-    total = parameters(model).total
+    total, ranks = parameters(model).total, machine.ranks
+    each = machine.train_flops_per_second(model)
     learning = tokens * flops_per_token(model, context)
     drawing = drawn * forward_flops_per_token(model, context)
     share = batch_tokens / ranks
     activations = share * (model.num_layers * 34 * model.hidden_size + 3 * model.vocab_size) * 4
     cache = 256 * 128 * kv_bytes_per_token(model, 4) if drawn else 0
     memory = ranks * (PROCESS_BYTES + BYTES_A_PARAMETER * total + activations + cache)
-    seconds = (learning / TRAIN_FLOPS_PER_SECOND + drawn / (DRAW_TOKENS_PER_SECOND * 1e6 / total)) / ranks
+    drawn_per_second = DRAW_TOKENS_PER_SECOND * (each / TRAIN_FLOPS_PER_SECOND) * 1e6 / total
+    seconds = (learning / each + drawn / drawn_per_second) / ranks
     return StageCost(tokens=tokens + drawn, flops=learning + drawing, memory_bytes=memory, seconds=seconds)

@@ -32,7 +32,7 @@ from pensar.data.language import LanguageConfig
 from pensar.data.mixture import MixtureConfig
 from pensar.data.sources import Source, SourcesConfig
 from pensar.data.vocabulary import VocabularyConfig
-from pensar.estimates import StageCost, estimate
+from pensar.estimates import Machine, StageCost, estimate
 from pensar.evaluate import suite
 from pensar.posttrain import coldstart, distill, fusion, grpo
 from pensar.posttrain.coldstart import ColdStartConfig
@@ -64,6 +64,8 @@ class RuntimeConfig(Config, frozen=True, kw_only=True):
     """Processes that share the work of a stage."""
     threads: int = 1
     """Threads of each; two one-thread processes beat one of two threads on small models."""
+    gpu: str = ""
+    """What each process computes on, such as `h200`, for the estimates of `pensar plan`; empty: a processor's core."""
     layout: str = ""
     """How pre-training spreads the model over the processes, as in `shard=4,tp=2`; empty: each has all of it."""
 
@@ -248,4 +250,6 @@ def _seeded(config: Any, recipe: Recipe) -> Any:
 
 def estimates(recipe: Recipe) -> dict[str, StageCost]:
     """Expected cost of each training stage."""
-    return estimate(stages(recipe), recipe.tokenizer.size, recipe.runtime.ranks)
+    runtime = recipe.runtime
+    machine = Machine(ranks=runtime.ranks, gpu=runtime.gpu, layout=runtime.layout)
+    return estimate(stages(recipe), recipe.tokenizer.size, machine)

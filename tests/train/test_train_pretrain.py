@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from pensar.base.config import canonical
 from pensar.base.errors import ConfigError
 from pensar.base.files import read_jsonl
 from pensar.base.stage import Runtime
 from pensar.data.order import PretrainData, Row
 from pensar.data.shards import Shards
+from pensar.model.sizes import SIZES
 from pensar.model.weights import load_model
 from pensar.text.tokenizer import Tokenizer
-from pensar.train.pretrain import PretrainConfig, Shape, documents_of_step, row_batches, run
+from pensar.train.pretrain import PretrainConfig, Shape, documents_of_step, in_parts, row_batches, run
 from tiny import tiny_tokenizer, write_shards
 
 SHAPE = Shape(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48)
@@ -129,3 +131,36 @@ def test_a_step_tells_the_documents_that_it_learned_from(corpus: dict[str, Path]
     agrees(2, 4)
     with pytest.raises(ConfigError, match=r"step 10 is not one of the stage's 10"):
         documents_of_step(config, corpus["shards"], tmp_path, 10)
+
+
+def test_a_shape_may_be_a_size_of_the_table() -> None:
+    named = Shape(size="30b-a3b").model(5_000, rope_theta=10_000.0, max_positions=4_096)
+    table = SIZES["30b-a3b"]
+    assert (named.vocab_size, named.rope_theta, named.max_positions) == (5_000, 10_000.0, 4_096)
+    same = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "num_experts", "moe_intermediate_size")
+    assert [getattr(named, name) for name in same] == [getattr(table, name) for name in same]
+
+
+def test_a_size_takes_the_place_of_every_number() -> None:
+    assert Shape(size="0.6b", num_layers=3, tied=False) == Shape(size="0.6b")
+    assert canonical(Shape(size="0.6b", num_layers=3)) == {"size": "0.6b"}
+    with pytest.raises(ConfigError, match=r"'0.7b' is not in the table"):
+        Shape(size="0.7b")
+
+
+def test_micro_batches_are_the_rows_of_the_step_and_train_the_same(
+    corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    config = PretrainConfig(tokens=1024, mixture="general", context=64, batch_tokens=256, shape=SHAPE)
+    data = PretrainData(corpus["shards"], mixture="general", context=64, seed=1)
+    whole, parts = row_batches(data, config)(3)[0], in_parts(row_batches(data, config), 3)(3)
+    assert [len(part.tokens) for part in parts] == [2, 1, 1]
+    assert np.array_equal(np.concatenate([part.tokens for part in parts]), whole.tokens[[0, 3, 1, 2]])
+    found = {}
+    for layout in ("shard=1", "accumulate=4"):
+        out = tmp_path / layout
+        run(config, corpus, out, Runtime(logs=tmp_path / "logs", layout=layout))
+        found[layout] = [
+            json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()
+        ]
+    assert found["accumulate=4"] == pytest.approx(found["shard=1"], abs=1e-5)

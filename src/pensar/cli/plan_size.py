@@ -168,6 +168,7 @@ def _summary(
         ("time", f"{_days(spent.days)} days, {count(spent.gpu_hours)} GPU hours"),
         ("energy", f"{count(spent.kwh)} kWh"),
         ("cost", f"${count(spent.dollars)}"),
+        ("runtime", f"--ranks {cluster.gpus} --set runtime.layout={str(best.layout) or 'shard=1'}"),
     ]
 
 
@@ -205,7 +206,8 @@ def _layout_row(one: "Candidate", spent: "Cost") -> tuple[str, ...]:
 def _text(one: "Candidate") -> str:
     """The kinds of ranks; what else a layout says has columns of its own."""
     parts = str(one.layout).split(",")
-    return ",".join(part for part in parts if not part.startswith(("recompute", "micro"))) or "one rank"
+    kinds = [part for part in parts if not part.startswith(("recompute", "micro", "accumulate"))]
+    return ",".join(kinds) or "one rank"
 
 
 def _kinds(found: "Sequence[Candidate]") -> "list[Candidate]":

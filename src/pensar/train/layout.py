@@ -29,11 +29,13 @@ class Layout(Config, frozen=True, kw_only=True):
     """Ranks that split the depth."""
     micro_batches: int = 1
     """Parts of each rank's rows that go through a pipeline one after the other."""
+    accumulate: int = 1
+    """Parts of a step's rows that are taken one after the other, their gradients summed: it trades time for memory."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again to save memory."""
 
     def __post_init__(self) -> None:
-        for name in ("dp_replicate", "dp_shard", "cp", "tp", "ep", "pp", "micro_batches"):
+        for name in ("dp_replicate", "dp_shard", "cp", "tp", "ep", "pp", "micro_batches", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigError(
                     f"layout: {name} is {getattr(self, name)}; it counts ranks and is at least 1"
@@ -83,10 +85,14 @@ class Layout(Config, frozen=True, kw_only=True):
                 f"layout: {context // self.cp} tokens of a row do not split over tp {self.tp}; "
                 f"use a context that is a multiple of {self.cp * self.tp}"
             )
-        if self.pp > 1 and rows % (self.data * self.micro_batches):
+        if self.accumulate > rows:
             raise ConfigError(
-                f"layout: {rows} rows a step do not split over {self.data} data ranks in {self.micro_batches} "
-                "micro-batches each; a pipeline needs equal ones"
+                f"layout: accumulate {self.accumulate} is more than the {rows} rows of a step; use at most as many"
+            )
+        if self.pp > 1 and rows % (self.accumulate * self.data * self.micro_batches):
+            raise ConfigError(
+                f"layout: {rows} rows a step do not split over {self.data} data ranks in "
+                f"{self.accumulate * self.micro_batches} micro-batches each; a pipeline needs equal ones"
             )
 
     def check_recompute(self, model: ModelConfig, recompute: str) -> None:

@@ -14,7 +14,7 @@ for 30B-A3B on one node (NeMo AutoModel). Both include exchanges within a node, 
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pensar.base.config import Config
 from pensar.base.errors import ConfigError
@@ -224,12 +224,13 @@ def _forms(model: ModelConfig, cluster: Cluster) -> Iterator[tuple[Layout, Step]
                 if not _replayable(layout, model, policy):
                     continue
                 micro = passes if layout.pp > 1 else 1
-                yield _with(layout, micro_batches=micro, recompute=policy), step
+                yield _with(layout, micro, step.accumulate, policy), step
 
 
-def _with(layout: Layout, *, micro_batches: int, recompute: str) -> Layout:
+def _with(layout: Layout, micro_batches: int, accumulate: int, recompute: str) -> Layout:
     sizes = dict(zip(("dp_replicate", "dp_shard", "cp", "tp", "ep", "pp"), _sizes(layout), strict=True))
-    return Layout(**sizes, micro_batches=micro_batches, recompute=recompute)  # type: ignore[arg-type]
+    rest: dict[str, Any] = {"micro_batches": micro_batches, "accumulate": accumulate, "recompute": recompute}
+    return Layout(**sizes, **rest)
 
 
 def _replayable(layout: Layout, model: ModelConfig, recompute: str) -> bool:

@@ -17,6 +17,7 @@ from pensar.base.progress import Progress
 from pensar.base.ranks import World
 from pensar.base.stage import Counts, Runtime
 from pensar.data.order import PretrainData
+from pensar.model import sizes
 from pensar.model.config import ModelConfig, replace
 from pensar.model.count import parameters
 from pensar.model.qwen3 import Qwen3, initialize
@@ -37,9 +38,15 @@ if TYPE_CHECKING:
     from pensar.train.parallel.mesh import Mesh
 
 
+OF_ANY_SIZE = ("size", "previous_token_heads")
+"""What a size of the table leaves open."""
+
+
 class Shape(Config, frozen=True, kw_only=True):
     """The model to start from scratch; the vocabulary comes from the tokenizer."""
 
+    size: str = ""
+    """A row of the table of sizes, such as `0.6b`, in place of all the numbers below, which then count for nothing."""
     hidden_size: int = 128
     num_layers: int = 3
     num_heads: int = 4
@@ -55,10 +62,19 @@ class Shape(Config, frozen=True, kw_only=True):
     """Begin with heads in the first layer that look at the two tokens before: a model of two layers learns to copy from
     its context within some 10^5 tokens of examples so, and without them not within 10^6."""
 
+    def __post_init__(self) -> None:
+        if self.size:
+            sizes.size(self.size)
+            for field in msgspec.structs.fields(self):
+                if field.name not in OF_ANY_SIZE:
+                    msgspec.structs.force_setattr(self, field.name, field.default)
+
     def model(self, vocab_size: int, **rest: Any) -> ModelConfig:
         """The configuration of a model of this shape; `rest` are its other fields."""
+        if self.size:
+            return replace(sizes.size(self.size, vocab_size), **rest)
         shape = msgspec.structs.asdict(self)
-        del shape["previous_token_heads"]
+        del shape["previous_token_heads"], shape["size"]
         return ModelConfig(vocab_size=vocab_size, **shape, **rest)
 
 
@@ -133,7 +149,7 @@ def _on_rank(
 def _train(config: PretrainConfig, inputs: dict[str, Path], place: Place) -> Counts:
     tokenizer = Tokenizer.load(inputs["tokenizer"])
     shape = _shape(config, inputs, tokenizer)
-    rows, loop = max(1, config.batch_tokens // config.context), config.loop()
+    rows, loop, accumulate = max(1, config.batch_tokens // config.context), config.loop(), 1
     if place.mesh is None:
         model = _start(config, inputs, shape)
     else:
@@ -142,8 +158,10 @@ def _train(config: PretrainConfig, inputs: dict[str, Path], place: Place) -> Cou
         if place.mesh.layout.recompute != "none":
             loop = msgspec.structs.replace(loop, recompute=place.mesh.layout.recompute)
         place.mesh.layout.check_recompute(shape, loop.recompute)
+        accumulate = place.mesh.layout.accumulate
     data = PretrainData(inputs["shards"], mixture=config.mixture, context=config.context, seed=config.seed)
-    fit(model, row_batches(data, config), loop, place, name=f"pre-training, {config.mixture}")
+    batches_of = in_parts(row_batches(data, config), accumulate)
+    fit(model, batches_of, loop, place, name=f"pre-training, {config.mixture}")
     finish(model, tokenizer, place)
     num_tokens = loop.steps * rows * config.context
     return {"steps": loop.steps, "tokens": num_tokens, "parameters": parameters(shape).total}
@@ -165,6 +183,15 @@ def row_batches(data: PretrainData, config: PretrainConfig) -> Callable[[int], l
         return [Batch(tokens=tokens, positions=positions.astype(np.int32), segments=segments, ce=ce)]
 
     return batches_of
+
+
+def in_parts(batches_of: Callable[[int], list[Batch]], parts: int) -> Callable[[int], list[Batch]]:
+    """The same rows, each batch cut into `parts` micro-batches whose gradients a step sums."""
+    if parts == 1:
+        return batches_of
+    return lambda step: [
+        batch.rows(slice(part, None, parts)) for batch in batches_of(step) for part in range(parts)
+    ]
 
 
 class Shown(NamedTuple):
