@@ -27,6 +27,10 @@ class OpenFile(Protocol):
         """Names of the tensors."""
         ...
 
+    def metadata(self) -> dict[str, str] | None:
+        """What the header says beside the tensors."""
+        ...
+
     def get_slice(self, name: str) -> Any:
         """The tensor without its values: get_shape(), get_dtype()."""
         ...
@@ -36,15 +40,15 @@ class OpenFile(Protocol):
         ...
 
 
-def write(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes the tensors beside `path` and renames; equal tensors give equal bytes.
+def write(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes the tensors beside `path` and renames; equal tensors and `metadata` give equal bytes.
 
     Wider types come first, names in order within a type, as the reference writer does, so that every tensor
     is aligned. Raises RunError when the disk is full.
     """
     codes = {dtype: code for code, dtype in DTYPES.items()}
     order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, tensor in order:
         begin, end = end, end + tensor.dtype.itemsize * tensor.numel()
