@@ -15,16 +15,23 @@ from pensar.report.compare import compared, headline, with_changes
 from pensar.report.contents import (
     Draft,
     ExamplesRow,
+    ExpertShares,
     FunnelRow,
     LanguageRow,
     Languages,
     Report,
     Results,
+    Scaling,
     StageRow,
+    Target,
     Training,
 )
 from pensar.report.records import Record, read_record, training
+from pensar.train.prediction import FILE as PREDICTION
+from pensar.train.prediction import Prediction, hyperparameters, ladder, read_prediction
 
+EXPERTS = "experts.json"
+"""What a stage writes that trained a mixture of experts."""
 OUTSIDE = {"und": "undetermined", "zxx": "program code"}
 """Codes of ISO 639 that name no human language."""
 
@@ -57,7 +64,9 @@ def collect(run: Path, shown: Sequence[Path] = ()) -> Report:
         funnel=funnel,
         examples=_examples(artifacts),
         languages=_languages(artifacts),
+        scaling=_scaling(artifacts),
         training=trainings,
+        experts=_experts(artifacts),
         evaluated=results is not None,
         versions=_versions(artifacts),
         **{field: getattr(known, field) for field in Results.__struct_fields__},
@@ -115,6 +124,47 @@ def _results(artifacts: Sequence[Chosen]) -> Results | None:
             f"{path} does not hold the evaluation's results ({error}); "
             f"make it anew with `pensar run RECIPE --from {evaluation.stage}`"
         ) from None
+
+
+def _scaling(artifacts: Sequence[Chosen]) -> Scaling | None:
+    """The sweep, and what its laws say of the run's own models; None where there is none."""
+    swept = next((one for one in artifacts if (one.folder / PREDICTION).is_file()), None)
+    if swept is None:
+        return None
+    found = read_prediction(swept.folder)
+    targets = [target for one in artifacts if (target := _target(one, found)) is not None]
+    return Scaling(prediction=found, targets=targets, ladder=ladder(found))
+
+
+def _target(one: Chosen, found: Prediction) -> Target | None:
+    """The laws' values for a stage that begins a model; None for any other."""
+    config = one.manifest.config
+    if not {"shape", "tokens", "mixture"} <= config.keys():
+        return None
+    from pensar.base.config import convert
+    from pensar.model.count import parameters
+    from pensar.train.pretrain import Shape
+
+    size = parameters(convert(config["shape"], Shape).model(1)).active_non_embedding
+    return Target(stage=one.stage, values=hyperparameters(found, size, config["tokens"]))
+
+
+def _experts(artifacts: Sequence[Chosen]) -> list[ExpertShares]:
+    """Of every stage that trained a mixture of experts."""
+    found = []
+    for one in artifacts:
+        path = one.folder / EXPERTS
+        if not path.is_file():
+            continue
+        try:
+            row = msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) | {"stage": one.stage}
+            found.append(msgspec.convert(row, ExpertShares))
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            raise DataError(
+                f"{path} does not hold shares of experts ({error}); make it anew with "
+                f"`pensar run RECIPE --from {one.stage}`"
+            ) from None
+    return found
 
 
 def _funnel(artifacts: Sequence[Chosen]) -> list[FunnelRow]:

@@ -4,6 +4,8 @@ from typing import Any
 
 import msgspec
 
+from pensar.train.prediction import Hyperparameters, Prediction
+
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
     """Parent of every part of a report."""
@@ -80,6 +82,19 @@ class Languages(Part, frozen=True, kw_only=True):
     """Program code, undetermined, or outside the table."""
 
 
+class GroupLoss(Part, frozen=True, kw_only=True):
+    """The training loss on the documents of one group, such as a domain or a language."""
+
+    label: str
+    tokens: int
+    """Predicted ones, over all steps."""
+    first: float
+    """Mean over the tokens of the first tenth of the rows, nats per token."""
+    last: float
+    points: list[tuple[float, float]]
+    """(step, mean up to that step since the point before)."""
+
+
 class Training(Part, frozen=True, kw_only=True):
     """The record of one training stage, thinned for drawing."""
 
@@ -93,6 +108,35 @@ class Training(Part, frozen=True, kw_only=True):
     """Value -> mean over the last tenth of the steps."""
     series: dict[str, list[tuple[float, float]]]
     """Value -> (step, mean around that step)."""
+    groups: dict[str, list[GroupLoss]] = {}
+    """Mark (domain, language, source, kind) -> its groups, those of the most tokens first."""
+
+
+class Target(Part, frozen=True, kw_only=True):
+    """What the laws of a sweep say for a pre-training stage of the run."""
+
+    stage: str
+    values: Hyperparameters
+
+
+class Scaling(Part, frozen=True, kw_only=True):
+    """A sweep of small runs and what follows from it."""
+
+    prediction: Prediction
+    targets: list[Target]
+    """The stages that begin a model."""
+    ladder: list[Hyperparameters]
+    """The laws' values at the end of the sweep, and some way beyond."""
+
+
+class ExpertShares(Part, frozen=True, kw_only=True):
+    """How the experts of a sparse model shared the last steps of a stage."""
+
+    stage: str
+    steps: tuple[int, int]
+    """The first of them, and the one after the last."""
+    shares: list[list[float]]
+    """Of each layer, each expert's part of the assignments."""
 
 
 class Scored(Part, frozen=True, kw_only=True):
@@ -248,7 +292,9 @@ class Report(Results, frozen=True, kw_only=True):
     funnel: list[FunnelRow]
     examples: list[ExamplesRow]
     languages: Languages | None
+    scaling: Scaling | None = None
     training: list[Training]
+    experts: list[ExpertShares] = []
     evaluated: bool
     """Whether the evaluation's results were there."""
     versions: dict[str, str]

@@ -1,5 +1,6 @@
 """The page: a report as one HTML file that needs nothing else."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pensar.report.contents import Report
@@ -8,8 +9,10 @@ from pensar.report.sections.conversations import conversations
 from pensar.report.sections.costs import costs
 from pensar.report.sections.documents import funnel, languages
 from pensar.report.sections.effects import budget, distillation, long_context
+from pensar.report.sections.experts import experts
 from pensar.report.sections.learning import learning
 from pensar.report.sections.provenance import lineage, versions
+from pensar.report.sections.scaling import scaling
 from pensar.report.sections.scores import stage_table
 from pensar.report.sections.summary import summary
 
@@ -28,16 +31,21 @@ CONTENTS = {
     "versions": "configuration",
 }
 """Anchor -> its word in the line of contents."""
+OPTIONAL = {"scaling": ("scaling laws", "training"), "experts": ("experts", "stages")}
+"""Of sections that few runs have: the word, and the anchor that it stands before."""
 
 
 def render(report: Report) -> str:
     """The whole page; a pure function of the report."""
+    optional = {"scaling": scaling(report), "experts": experts(report)}
     sections = [
         summary(report),
-        _contents(),
+        _contents(optional),
         funnel(report),
         languages(report),
+        optional["scaling"],
         learning(report),
+        optional["experts"],
         stage_table(report),
         budget(report),
         distillation(report),
@@ -73,8 +81,16 @@ def _header(report: Report) -> Markup:
     )
 
 
-def _contents() -> Markup:
-    links = [element("a", word, href=f"#{anchor}") for anchor, word in CONTENTS.items()]
+def _contents(optional: Mapping[str, Markup | None]) -> Markup:
+    words: dict[str, str] = {}
+    for anchor, word in CONTENTS.items():
+        words |= {
+            name: own
+            for name, (own, before) in OPTIONAL.items()
+            if before == anchor and optional[name] is not None
+        }
+        words[anchor] = word
+    links = [element("a", word, href=f"#{anchor}") for anchor, word in words.items()]
     return element("nav", links, aria_label="Contents")
 
 

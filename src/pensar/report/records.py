@@ -1,7 +1,7 @@
 """The records of training stages: rows of metrics and timings, thinned to what a chart can show."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import msgspec
 
 from pensar.base.errors import DataError
 from pensar.report.contents import Training
+from pensar.report.groups import group_losses
 
 MAX_POINTS = 120
 """Points of one drawn line; more would be finer than the picture."""
@@ -23,6 +24,8 @@ class Record:
 
     rows: list[Row]
     timings: list[Row]
+    losses: list[Row] = field(default_factory=list)
+    """Of groups of documents, at an interval."""
 
     def tokens(self) -> int:
         """Tokens of all steps together."""
@@ -35,7 +38,9 @@ class Record:
 
 def read_record(artifact: Path, logs: Path) -> Record:
     """The metrics of an artifact and the timings in its log folder; empty where a stage writes none."""
-    return Record(_rows(artifact / "metrics.jsonl"), _rows(logs / "timings.jsonl"))
+    return Record(
+        _rows(artifact / "metrics.jsonl"), _rows(logs / "timings.jsonl"), _rows(artifact / "losses.jsonl")
+    )
 
 
 def training(stage: str, record: Record, finished: bool = True) -> Training:
@@ -58,6 +63,7 @@ def training(stage: str, record: Record, finished: bool = True) -> Training:
         first={name: _mean(points[: _edge(points)]) for name, points in series.items()},
         last={name: _mean(points[-_edge(points) :]) for name, points in series.items()},
         series={name: thinned(points) for name, points in series.items()},
+        groups=group_losses(record.losses),
     )
 
 

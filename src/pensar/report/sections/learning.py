@@ -3,12 +3,16 @@
 from pensar.report.charts import responsive
 from pensar.report.contents import Report, Training
 from pensar.report.curves import DIVERGENCE, LOSS, loss_chart, reward_chart, value_chart
+from pensar.report.groups import MOST_LINES, group_chart
 from pensar.report.html import Child, Markup, element
 from pensar.report.numbers import DASH, count, listing, percent, plural, short, significant, words
-from pensar.report.sections.frame import caption, figure, lead, pending, section, table
+from pensar.report.sections.frame import caption, figure, fold, lead, pending, section, table
 
 REWARD, ENTROPY, LENGTH = "reward", "entropy", "length"
 FAMILY = "reward/"
+MARKS = ("domain", "language", "source", "kind")
+MOST_ROWS = 24
+"""Groups of a mark in a table; `report.json` has all."""
 
 
 def learning(report: Report) -> Markup:
@@ -22,6 +26,11 @@ def learning(report: Report) -> Markup:
         )
     chart = responsive(lambda width: loss_chart(trainings, width))
     parts: list[Child] = [lead(*_loss_words(trainings)), figure(chart, _ends(trainings))]
+    grouped = [(stage, marks) for stage in trainings if (marks := _telling(stage))]
+    if grouped:
+        parts.append(element("h3", "Loss by domain and language"))
+        parts.append(lead(*_group_words(grouped)))
+        parts += [_by_group(stage, marks) for stage, marks in grouped]
     rewarded = [stage for stage in trainings if REWARD in stage.series]
     if rewarded:
         parts.append(element("h3", "Rewards"))
@@ -55,6 +64,43 @@ def _ends(trainings: list[Training]) -> Markup:
         ends = f"{name} {shown(stage.first[name])} → {shown(stage.last[name])}" if name else DASH
         rows.append([f"{number} {stage.stage}", ends, count(stage.steps), short(stage.tokens)])
     return table(["stage", "first → last tenth of its steps", "steps", "tokens"], rows, text_columns=2)
+
+
+def _telling(stage: Training) -> list[str]:
+    """The marks to draw, of which there are several groups: domain and language, else source and kind."""
+    several = [mark for mark in MARKS if len(stage.groups.get(mark, [])) > 1]
+    return [mark for mark in several if mark in MARKS[:2]] or several
+
+
+def _group_words(grouped: list[tuple[Training, list[str]]]) -> list[str]:
+    stage, marks = grouped[-1]
+    said = [
+        "The training loss on the documents of each group, nats per token; the groups of the most tokens are drawn."
+    ]
+    for mark in marks:
+        groups = stage.groups[mark][:MOST_LINES]
+        low, high = (choose(groups, key=lambda group: group.last) for choose in (min, max))
+        said.append(
+            f"At the end of {stage.stage} it goes by {mark} from {significant(low.last)} ({low.label}) "
+            f"to {significant(high.last)} ({high.label})."
+        )
+    return said
+
+
+def _by_group(stage: Training, marks: list[str]) -> Markup:
+    panels = []
+    for mark in marks:
+        groups = stage.groups[mark]
+        chart = group_chart(stage.stage, mark, groups)
+        panels.append(element("div", caption(f"loss by {mark}"), chart, class_="panel"))
+    rows = [
+        [mark, group.label, significant(group.first), significant(group.last), short(group.tokens)]
+        for mark in MARKS
+        for group in stage.groups.get(mark, [])[:MOST_ROWS]
+    ]
+    header = ["mark", "group", "first tenth", "last tenth", "tokens"]
+    numbers = fold("the numbers", table(header, rows, text_columns=2))
+    return figure(element("h4", stage.stage), element("div", panels, class_="panels even"), numbers)
 
 
 def _reward_words(rewarded: list[Training]) -> list[str]:
