@@ -3,12 +3,15 @@
 import hashlib
 import json
 import struct
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from pensar.base.errors import ModelError
+from pensar.model import weights
 from pensar.model.weights import check_tokenizer, load_model, read_config, save_model
 
 VARIANTS = {
@@ -58,6 +61,42 @@ def test_weights_can_be_loaded_in_another_type(folder, build):
     model = load_model(folder, dtype=torch.bfloat16)
     for found, expected in zip(model.parameters(), build().parameters(), strict=True):
         assert torch.equal(found, expected.bfloat16())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_large_models_stay_in_their_files_and_can_be_changed_there_alone(
+    build, tmp_path, monkeypatch, variant
+):
+    model = build(**VARIANTS[variant])
+    save_model(model, tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    monkeypatch.setattr(weights, "COPIED", 0)
+    mapped = load_model(tmp_path)
+    for found, expected in zip(mapped.parameters(), model.parameters(), strict=True):
+        assert torch.equal(found, expected)
+    if sys.platform == "linux":
+        assert _is_mapped(mapped.model.embed_tokens.weight, tmp_path)
+    with torch.no_grad():
+        for parameter in mapped.parameters():
+            parameter.add_(1.0)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    save_model(build(seed=5, **VARIANTS[variant]), tmp_path)  # by renaming: what is loaded keeps its file
+    for found, expected in zip(mapped.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected + 1.0)
+    for found, expected in zip(
+        load_model(tmp_path, dtype=torch.bfloat16).parameters(), model.parameters(), strict=True
+    ):
+        assert found.dtype == torch.bfloat16
+        assert found.shape == expected.shape
+
+
+def _is_mapped(tensor, folder):
+    """Whether the address lies in a mapping of the folder's file."""
+    for row in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(place, 16) for place in row.split()[0].split("-"))
+        if first <= tensor.data_ptr() < last:
+            return str(folder) in row
+    return False
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -8,9 +8,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pensar.model.causal import causal_attention
+from pensar.model.flash import HALF, Documents, dense_mask, masked
 
 
 class Attend(Protocol):
@@ -29,8 +29,8 @@ class Packed:
 
     On a CPU the documents are attended to one by one: 13.6 ms against 23.2 ms with a mask for 16 rows of 256
     tokens, 4 documents each, 4 heads of 32, forward and backward on one core; 15.5 ms against 92.3 ms for 4
-    rows of 1,024 tokens, 16 documents each. The mask is kept for accelerators and for crowds of very short
-    documents, where the calls themselves would cost more.
+    rows of 1,024 tokens, 16 documents each. The mask is kept for crowds of very short documents, where the
+    calls themselves would cost more. On CUDA one kernel takes all documents (`model/flash.py`).
     """
 
     CALL_COST = 2_800
@@ -39,17 +39,27 @@ class Packed:
     def __init__(self, segments_BT: Tensor | None = None) -> None:
         self.mask: Tensor | None = None
         self.runs: list[tuple[int, bool]] = []
-        """(tokens, whether a document or padding) over all rows in order; empty when a mask is used."""
+        """(tokens, whether a document or padding) over all rows in order; empty when they are not taken one by one."""
+        self.documents: Documents | None = None
+        """On CUDA, unless every row is one document."""
+        self._whole: tuple[torch.Size, Documents] | None = None
         if segments_BT is None:
             return
-        self.runs = _runs(segments_BT)
-        if len(self.runs) == len(segments_BT) and all(real for _, real in self.runs):
-            self.runs = []  # whole rows: plain causal attention
-        elif segments_BT.device.type != "cpu" or not self._worth_splitting(segments_BT):
-            self.runs = []
-            self.mask = _mask(segments_BT)
+        runs = _runs(segments_BT.cpu())
+        if len(runs) == len(segments_BT) and all(real for _, real in runs):
+            return  # whole rows: plain causal attention
+        if segments_BT.device.type == "cuda":
+            self.documents = Documents(segments_BT, [length for length, _ in runs])
+        elif segments_BT.device.type == "cpu" and self._worth_splitting(runs, segments_BT):
+            self.runs = runs
+        else:
+            self.mask = dense_mask(segments_BT)
 
     def __call__(self, layer: int, q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor) -> Tensor:
+        if self.documents is not None:
+            return self.documents(q_BTHh, k_BTKh, v_BTKh)
+        if self.mask is None and _lacks_kernel(q_BTHh, k_BTKh):
+            return self._rows(q_BTHh.shape[:2], q_BTHh.device)(q_BTHh, k_BTKh, v_BTKh)
         if not self.runs:
             return _attention(q_BTHh, k_BTKh, v_BTKh, self.mask)
         lengths = [length for length, _ in self.runs]
@@ -60,8 +70,15 @@ class Packed:
         ]
         return torch.cat(out_NHh).view(q_BTHh.shape)
 
-    def _worth_splitting(self, segments_BT: Tensor) -> bool:
-        documents = [length for length, real in self.runs if real]
+    def _rows(self, shape: torch.Size, device: torch.device) -> Documents:
+        """Whole rows as documents."""
+        if self._whole is None or self._whole[0] != shape:
+            ones_BT = torch.ones(*shape, dtype=torch.int32, device=device)
+            self._whole = shape, Documents(ones_BT, [shape[1]] * shape[0])
+        return self._whole[1]
+
+    def _worth_splitting(self, runs: list[tuple[int, bool]], segments_BT: Tensor) -> bool:
+        documents = [length for length, real in runs if real]
         one_by_one = sum(length * length + self.CALL_COST for length in documents)
         return one_by_one < segments_BT.numel() * segments_BT.shape[1]
 
@@ -70,15 +87,18 @@ def _attention(q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor, mask: Tensor | No
     if mask is None and _by_blocks(q_BTHh, v_BTKh):
         blocked: Tensor = causal_attention(q_BTHh, k_BTKh, v_BTKh)
         return blocked
-    out_BHTh = F.scaled_dot_product_attention(
-        q_BTHh.transpose(1, 2),
-        k_BTKh.transpose(1, 2),
-        v_BTKh.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=q_BTHh.shape[2] != k_BTKh.shape[2],
+    return masked(q_BTHh, k_BTKh, v_BTKh, mask)
+
+
+def _lacks_kernel(q_BTHh: Tensor, k_BTKh: Tensor) -> bool:
+    """Whether the library would hold all pairs of a row in training: grouped heads in float32 on CUDA."""
+    return (
+        q_BTHh.device.type == "cuda"
+        and q_BTHh.dtype not in HALF
+        and q_BTHh.shape[2] != k_BTKh.shape[2]
+        and torch.is_grad_enabled()
+        and q_BTHh.requires_grad
     )
-    return out_BHTh.transpose(1, 2)
 
 
 def _by_blocks(q_BTHh: Tensor, v_BTKh: Tensor) -> bool:
@@ -102,11 +122,3 @@ def _runs(segments_BT: Tensor) -> list[tuple[int, bool]]:
     ends = torch.cat((begins[1:], begins.new_tensor([segments_BT.numel()])))
     real = segments_BT.flatten()[begins] != 0
     return list(zip((ends - begins).tolist(), real.tolist(), strict=True))
-
-
-def _mask(segments_BT: Tensor) -> Tensor:
-    """True where a query [B, 1, T, .] may see a key [B, 1, ., T]."""
-    same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-    num_tokens = segments_BT.shape[1]
-    past = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=segments_BT.device).tril()
-    return same & past

@@ -22,8 +22,7 @@ def causal_attention(q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor) -> Tensor:
 
     Nothing but inputs and output is kept for the backward pass; a block takes [B K, b G, T] meanwhile.
     """
-    q_ = _by_group(q_BTHh, k_BTKh) * q_BTHh.shape[-1] ** -0.5
-    k_, v_ = _by_head(k_BTKh), _by_head(v_BTKh)
+    q_, k_, v_ = _by_group(q_BTHh, k_BTKh), _by_head(k_BTKh), _by_head(v_BTKh)
     out_ = torch.empty_like(q_)
     for rows, seen, p in _blocks(q_, k_):
         torch.bmm(p, v_[:, :seen], out=out_[:, rows])
@@ -40,17 +39,18 @@ def causal_attention_backward(
     grad_BTHh: Tensor, q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor, out_BTHh: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values; the probabilities are computed again."""
-    q_ = _by_group(q_BTHh, k_BTKh) * q_BTHh.shape[-1] ** -0.5
-    k_, v_ = _by_head(k_BTKh), _by_head(v_BTKh)
-    grad_ = _by_group(grad_BTHh, k_BTKh)
-    delta_ = (grad_ * _by_group(out_BTHh, k_BTKh)).sum(-1, keepdim=True)
+    q_, k_, v_ = _by_group(q_BTHh, k_BTKh), _by_head(k_BTKh), _by_head(v_BTKh)
+    grad_, scale = _by_group(grad_BTHh, k_BTKh), q_BTHh.shape[-1] ** -0.5
+    delta_ = _by_group((grad_BTHh * out_BTHh).sum(-1, keepdim=True), k_BTKh)
     dq_, dk_, dv_ = torch.empty_like(q_), torch.zeros_like(k_), torch.zeros_like(v_)
+    memory = _memory(q_, k_)
     for rows, seen, p in _blocks(q_, k_):
         dv_[:, :seen].baddbmm_(p.mT, grad_[:, rows])
-        ds = torch.bmm(grad_[:, rows], v_[:, :seen].mT).sub_(delta_[:, rows]).mul_(p)
-        torch.bmm(ds, k_[:, :seen], out=dq_[:, rows])
-        dk_[:, :seen].baddbmm_(ds.mT, q_[:, rows])
-    dq_.mul_(q_BTHh.shape[-1] ** -0.5)  # q_ is scaled, and so dk_ is
+        ds = torch.bmm(grad_[:, rows], v_[:, :seen].mT, out=memory[: p.numel()].view_as(p))
+        ds.sub_(delta_[:, rows]).mul_(p)
+        dq = dq_[:, rows]
+        torch.baddbmm(dq, ds, k_[:, :seen], beta=0, alpha=scale, out=dq)
+        dk_[:, :seen].baddbmm_(ds.mT, q_[:, rows], alpha=scale)
     return _back(dq_, q_BTHh.shape), _back(dk_, k_BTKh.shape), _back(dv_, v_BTKh.shape)
 
 
@@ -75,15 +75,23 @@ causal_attention.register_autograd(_backward, setup_context=_keep)
 
 
 def _blocks(q_: Tensor, k_: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
-    """Of each block of queries [B K, S, h]: its rows, the number of keys its last one sees, and its probabilities."""
-    group = q_.shape[1] // k_.shape[1]
+    """Of each block of queries [B K, S, h]: its rows, the number of keys its last one sees, and its probabilities,
+    in the memory of those of the block before."""
+    group, scale, memory = q_.shape[1] // k_.shape[1], q_.shape[-1] ** -0.5, _memory(q_, k_)
     future = torch.full((BLOCK, BLOCK), float("-inf"), dtype=q_.dtype).triu(1).repeat_interleave(group, 0)
     for start in range(0, k_.shape[1], BLOCK):
         seen = min(start + BLOCK, k_.shape[1])
         rows, width = slice(start * group, seen * group), seen - start
-        scores = torch.bmm(q_[:, rows], k_[:, :seen].mT)
-        scores[:, :, start:] += future[: width * group, :width]
-        yield rows, seen, torch.softmax(scores, -1)
+        p = memory[: len(q_) * width * group * seen].view(len(q_), width * group, seen)
+        torch.baddbmm(p, q_[:, rows], k_[:, :seen].mT, beta=0, alpha=scale, out=p)
+        p[:, :, start:] += future[: width * group, :width]
+        yield rows, seen, torch.softmax(p, -1, out=p)
+
+
+def _memory(q_: Tensor, k_: Tensor) -> Tensor:
+    """Room for the scores of the largest block."""
+    length = k_.shape[1]
+    return q_.new_empty(len(q_) * min(BLOCK, length) * (q_.shape[1] // length) * length)
 
 
 def _by_group(x_BTHh: Tensor, k_BTKh: Tensor) -> Tensor:
