@@ -27,6 +27,11 @@ def by_name(recipe: Recipe) -> dict[str, Stage]:
     return {stage.name: stage for stage in stages(recipe)}
 
 
+def trained(recipe: Recipe) -> set[str]:
+    """The stages of the recipe that train: a sweep is not in every one."""
+    return set(GROUPS["train"]) & by_name(recipe).keys()
+
+
 def test_there_are_recipes() -> None:
     assert "tiny" in {path.stem for path in FILES}
 
@@ -66,7 +71,7 @@ def test_the_seed_changes_what_is_trained_and_leaves_the_data_alone(path: Path, 
     before, after = load(path), load(path, ["seed=7"])
     first, second = by_name(before), by_name(after)
     changed = {name for name in first if canonical(first[name].config) != canonical(second[name].config)}
-    assert changed == {*GROUPS["train"], "evaluate"}
+    assert changed == {*trained(before), "evaluate"}
     old, new = fingerprints(before, tmp_path), fingerprints(after, tmp_path)
     assert {name for name in old if old[name] != new[name]} == changed
 
@@ -94,7 +99,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(path: Path, tmp_path: Pa
 def test_estimates_are_positive_and_cover_every_stage_that_trains(path: Path) -> None:
     recipe = load(path)
     found = estimates(recipe)
-    assert set(found) == set(GROUPS["train"])
+    assert set(found) == trained(recipe)
     for estimate in found.values():
         assert all(value > 0 for value in msgspec.structs.astuple(estimate))
     alone = estimates(load(path, ["runtime.ranks=1"]))
@@ -139,3 +144,28 @@ def test_an_estimate_for_accelerators_goes_by_their_table_and_layout() -> None:
     assert found.flops == pytest.approx(flops)
     assert found.seconds == pytest.approx(flops / (512 * 0.28 * 989e12))
     assert 10 * 2**30 < found.memory_bytes / 512 < 139 * 2**30
+
+
+def test_a_sweep_is_a_stage_only_where_it_is_asked_for_and_feeds_who_takes_values_from_it(
+    tmp_path: Path,
+) -> None:
+    plain, swept = load(FOLDER / "tiny.yaml"), load(FOLDER / "scaling.yaml")
+    names = [stage.name for stage in stages(swept)]
+    assert names.index("shards") + 1 == names.index("scaling") == names.index("pretrain-general") - 1
+    assert set(names) - set(by_name(plain)) == {"scaling"}
+    assert "scaling" not in by_name(plain)["pretrain-general"].inputs
+    assert by_name(swept)["pretrain-general"].inputs["scaling"] == "scaling"
+    assert "scaling" not in by_name(swept)["student-pretrain"].inputs
+    both = load(FOLDER / "scaling.yaml", ["student.pretrain.predicted=[lr]"])
+    assert by_name(both)["student-pretrain"].inputs["scaling"] == "scaling"
+    # A sweep whose values nobody takes changes nothing else.
+    alone = load(FOLDER / "scaling.yaml", ["pretraining.general.predicted=[]", "pretraining.general.schedule.decay=0.0",
+                                           "pretraining.general.schedule.warmup=0.02"])  # fmt: skip
+    before, after = fingerprints(plain, tmp_path), fingerprints(alone, tmp_path)
+    assert {name: after[name] for name in before} == before
+
+
+def test_values_from_a_sweep_that_is_not_there_are_refused() -> None:
+    recipe = load(FOLDER / "tiny.yaml", ["pretraining.general.predicted=[lr]"])
+    with pytest.raises(ConfigError, match=r"predicted is \['lr'\], and the recipe has no `scaling`"):
+        stages(recipe)

@@ -16,6 +16,7 @@ from pensar.train.footprint import Step, memory
 from pensar.train.layout import parse_layout
 from pensar.train.planner import DENSE_MFU, SPARSE_MFU
 from pensar.train.pretrain import PretrainConfig
+from pensar.train.scaling import STEP_FLOPS, ScalingConfig
 
 TRAIN_FLOPS_PER_SECOND = 3.0e10
 """Of each process in training small models, measured on one core of a 2-core x86 server."""
@@ -81,7 +82,9 @@ def estimate(stages: Sequence[Stage], vocab_size: int, machine: Machine) -> dict
     for stage in stages:
         config = stage.config
         model = models.get(stage.inputs.get("model", ""))
-        if isinstance(config, PretrainConfig):
+        if isinstance(config, ScalingConfig):
+            found[stage.name] = _sweep(config, vocab_size, machine)
+        elif isinstance(config, PretrainConfig):
             if config.shape is not None:
                 model = config.shape.model(vocab_size)
             if model is not None:
@@ -107,6 +110,28 @@ def estimate(stages: Sequence[Stage], vocab_size: int, machine: Machine) -> dict
         if model is not None:
             models[stage.name] = model
     return found
+
+
+def _sweep(config: ScalingConfig, vocab_size: int, machine: Machine) -> StageCost:
+    """All runs of the grid as it begins; each is one rank's alone."""
+    alone = msgspec.structs.replace(machine, ranks=1, layout="")
+    costs = [
+        _training(shape.model(vocab_size), tokens, config.context, batch, 0, alone)
+        for shape in config.shapes
+        for tokens in config.tokens
+        for batch in config.batch_tokens
+    ]
+    runs = len(config.learning_rates) * config.repeats
+    steps = len(config.shapes) * sum(
+        tokens // batch for tokens in config.tokens for batch in config.batch_tokens
+    )
+    seconds = sum(cost.seconds for cost in costs) + steps * STEP_FLOPS / TRAIN_FLOPS_PER_SECOND
+    return StageCost(
+        tokens=runs * sum(cost.tokens for cost in costs),
+        flops=runs * sum(cost.flops for cost in costs),
+        memory_bytes=machine.ranks * max(cost.memory_bytes for cost in costs),
+        seconds=runs * seconds / machine.ranks,
+    )
 
 
 def _training(

@@ -8,7 +8,9 @@ import msgspec
 
 from pensar.base.config import Config
 from pensar.base.config import load as load_config
+from pensar.base.errors import ConfigError
 from pensar.base.stage import Stage
+from pensar.base.trackers import require
 from pensar.data import (
     annotate,
     decontaminate,
@@ -40,7 +42,8 @@ from pensar.posttrain.distill import OffPolicyConfig, OnPolicyConfig
 from pensar.posttrain.fusion import FusionConfig
 from pensar.posttrain.grpo import GrpoConfig
 from pensar.tasks import problems
-from pensar.train import pretrain
+from pensar.train import pretrain, scaling
+from pensar.train.scaling import ScalingConfig
 
 LINKS = {"model": "general-rl"}
 """Names in the run's folder -> the stage whose artifact they show."""
@@ -50,8 +53,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "tokenizer": ("tokenizer", "shards"),
     "train": (
-        "pretrain-general", "pretrain-reasoning", "pretrain-long", "cold-start", "reasoning-rl", "fusion", "general-rl",
-        "student-pretrain", "student", "student-rl", "student-distilled",
+        "scaling", "pretrain-general", "pretrain-reasoning", "pretrain-long", "cold-start", "reasoning-rl", "fusion",
+        "general-rl", "student-pretrain", "student", "student-rl", "student-distilled",
     ),
 }  # fmt: skip
 """The stages that `pensar data`, `pensar tokenizer` and `pensar train` run alone."""
@@ -68,6 +71,17 @@ class RuntimeConfig(Config, frozen=True, kw_only=True):
     """What each process computes on, such as `h200`, for the estimates of `pensar plan`; empty: a processor's core."""
     layout: str = ""
     """How pre-training spreads the model over the processes, as in `shard=4,tp=2`; empty: each has all of it."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Where training is shown beside its record: tensorboard, wandb, mlflow, trackio."""
+    profile_steps: tuple[int, int] = (0, 0)
+    """First step of each training stage to profile, and how many; `--profile 100:3` asks for the same."""
+
+    def __post_init__(self) -> None:
+        require(self.trackers)
+        if min(self.profile_steps) < 0:
+            raise ConfigError(
+                f"runtime.profile_steps {list(self.profile_steps)}: a first step and a number of them, from 0"
+            )
 
 
 class Data(Config, frozen=True, kw_only=True):
@@ -117,6 +131,9 @@ class Recipe(Config, frozen=True, kw_only=True):
     data: Data = Data()
     tasks: problems.ProblemsConfig = problems.ProblemsConfig()
     tokenizer: VocabularyConfig = VocabularyConfig()
+    scaling: ScalingConfig | None = None
+    """A sweep of small runs, whose laws a stage that begins a model takes its learning rate and batch from with
+    `predicted`; without it there is no such stage."""
     cold_start: ColdStartConfig = ColdStartConfig()
     reasoning_rl: GrpoConfig = GrpoConfig()
     fusion: FusionConfig = FusionConfig()
@@ -177,20 +194,24 @@ def _data_stages(recipe: Recipe) -> list[Stage]:
 
 def _training_stages(recipe: Recipe) -> list[Stage]:
     corpus = {"shards": "shards", "tokenizer": "tokenizer"}
-    plan = recipe.pretraining
+    plan, sweep = recipe.pretraining, recipe.scaling
+    first = corpus | _predicting(plan.general, recipe)
     return [
-        Stage("pretrain-general", pretrain.run, _seeded(plan.general, recipe), corpus, revision=2),
+        *([Stage("scaling", scaling.run, _seeded(sweep, recipe), corpus)] if sweep else []),
+        Stage("pretrain-general", pretrain.run, _seeded(plan.general, recipe), first, revision=3),
         Stage(
             "pretrain-reasoning",
             pretrain.run,
             _seeded(plan.reasoning, recipe),
             corpus | {"model": "pretrain-general"},
+            revision=2,
         ),
         Stage(
             "pretrain-long",
             pretrain.run,
             _seeded(plan.long, recipe),
             corpus | {"model": "pretrain-reasoning"},
+            revision=2,
         ),
         Stage(
             "cold-start", coldstart.run, _seeded(recipe.cold_start, recipe), _on("pretrain-long"), revision=5
@@ -204,9 +225,10 @@ def _training_stages(recipe: Recipe) -> list[Stage]:
 def _student_stages(recipe: Recipe) -> list[Stage]:
     student = recipe.student
     corpus = {"shards": "shards", "tokenizer": "tokenizer"}
+    first = corpus | _predicting(student.pretrain, recipe)
     taught = {"teacher": "general-rl"}
     return [
-        Stage("student-pretrain", pretrain.run, _seeded(student.pretrain, recipe), corpus, revision=2),
+        Stage("student-pretrain", pretrain.run, _seeded(student.pretrain, recipe), first, revision=3),
         Stage(
             "student",
             distill.off_policy,
@@ -238,6 +260,18 @@ def _evaluation(recipe: Recipe) -> Stage:
         "student_distilled": "student-distilled",
     }
     return Stage("evaluate", suite.run, _seeded(recipe.evaluate, recipe), inputs)
+
+
+def _predicting(config: pretrain.PretrainConfig, recipe: Recipe) -> dict[str, str]:
+    """The sweep as an input of a stage that takes values from it."""
+    if not config.predicted:
+        return {}
+    if recipe.scaling is None:
+        raise ConfigError(
+            f"predicted is {list(config.predicted)}, and the recipe has no `scaling`: describe a sweep there, as "
+            "recipes/scaling.yaml does, or give the stage its values"
+        )
+    return {"scaling": "scaling"}
 
 
 def _on(model: str) -> dict[str, str]:

@@ -24,6 +24,8 @@ class SmallRuntime(Config):
     ranks: int = 1
     threads: int = 1
     layout: str = ""
+    trackers: tuple[str, ...] = ()
+    profile_steps: tuple[int, int] = (0, 0)
 
 
 class SmallRecipe(Config):

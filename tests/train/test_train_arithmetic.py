@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ import torch
 from pensar.base.errors import ConfigError
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
+from pensar.model import hardware
 from pensar.model.config import ModelConfig
 from pensar.model.qwen3 import Qwen3, initialize
 from pensar.text.packing import Batch
 from pensar.train import arithmetic
 from pensar.train.arithmetic import Arithmetic, bfloat16_gain, compiled
+from pensar.train.layout import parse_layout
 from pensar.train.loop import LoopConfig, Place, _arithmetic, fit
 from pensar.train.loss import LossConfig
 from pensar.train.optimizer import Optimizer, OptimizerConfig
@@ -116,12 +119,40 @@ def test_an_unknown_type_in_a_checkpoint_is_refused() -> None:
         Arithmetic("auto", 8, World()).load_state_dict({"precision": "float8"})
 
 
-@pytest.mark.parametrize("changes", [{"precision": "bfloat16"}, {"compile": True}])
-def test_a_layout_computes_in_float32_as_written(changes: dict[str, object], tmp_path: Path) -> None:
-    place = Place(tmp_path, tmp_path, World(), Progress(), mesh=object())  # type: ignore[arg-type]
-    assert _arithmetic(model_of(), LoopConfig(steps=1), place).precision == "float32"
-    with pytest.raises(ConfigError, match="in a layout"):
-        _arithmetic(model_of(), LoopConfig(steps=1, **changes), place)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("layout", "device", "changes", "chosen"),
+    [
+        ("shard=2", "cpu", {}, "float32"),
+        ("shard=2", "cpu", {"precision": "bfloat16"}, "compute capability 0.0"),
+        ("shard=2", "cpu", {"precision": "float8"}, "compute capability 0.0"),
+        ("shard=2,replicate=2", "cpu", {"compile": True}, "float32"),
+        ("tp=2", "cpu", {"compile": True}, "compile=true with tp 2"),
+        ("shard=2", "cuda", {}, "bfloat16"),
+        ("shard=2", "cuda", {"precision": "float32"}, "float32"),
+        ("shard=2", "cuda", {"precision": "float8", "compile": True}, "float8"),
+        ("tp=2", "cuda", {"precision": "float8"}, "with tp 2"),
+    ],
+)
+def test_in_a_layout_the_devices_and_the_kinds_of_ranks_decide(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    layout: str,
+    device: str,
+    changes: dict[str, object],
+    chosen: str,
+) -> None:
+    monkeypatch.setattr(hardware, "capability", lambda place: (9, 0) if place.type == "cuda" else (0, 0))
+    mesh = SimpleNamespace(layout=parse_layout(layout), device=torch.device(device))
+    place = Place(tmp_path, tmp_path, World(), Progress(), mesh=mesh)  # type: ignore[arg-type]
+    config = LoopConfig(steps=1, **changes)  # type: ignore[arg-type]
+    if chosen not in ("float32", "bfloat16", "float8"):
+        with pytest.raises(ConfigError, match=chosen):
+            _arithmetic(model_of(), config, place)
+        return
+    arithmetic = _arithmetic(model_of(), config, place)
+    assert arithmetic.precision == chosen
+    with arithmetic():  # shards come in their type already
+        assert not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from pensar.model.config import ModelConfig
 from pensar.model.qwen3 import Qwen3
-from pensar.train.head import CACHED_LOGITS, chunk_tokens, head_loss, plain_head
+from pensar.train.head import CACHED_LOGITS, chosen, chunk_tokens, head_loss, plain_head
 
 TOKENS, WIDTH, WORDS = 23, 6, 17
 
@@ -81,3 +81,42 @@ def test_the_head_of_a_model_is_its_projection_or_its_embedding(tied):
     assert plain_head(model) is (model.model.embed_tokens if tied else model.lm_head).weight
     vars(model)["logits"] = model.logits
     assert plain_head(model) is None
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_chosen_is_the_log_softmax_and_its_denominator_with_their_gradients(overwrite):
+    generator = torch.Generator().manual_seed(1)
+    logits = 20 * torch.randn(TOKENS, WORDS, generator=generator, dtype=torch.float64)
+    logits[0, 3] += 2_000.0  # the others' probabilities are zero, their logarithms are not
+    ids = torch.randint(WORDS, (TOKENS,), generator=generator)
+    ids[0] = 5
+    theirs = logits.clone().requires_grad_()
+    log_z_ = theirs.logsumexp(-1)
+    expected = theirs.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    (expected * torch.arange(TOKENS) + log_z_.square()).sum().backward()
+    ours = logits.clone().requires_grad_()
+    logprob, log_z = chosen(ours, ids, overwrite=overwrite)
+    torch.testing.assert_close((logprob, log_z), (expected.detach(), log_z_.detach()))
+    (logprob * torch.arange(TOKENS) + log_z.square()).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert torch.equal(ours.detach(), logits) == (not overwrite)
+
+
+@pytest.mark.parametrize("chunk", [4, 23])
+def test_chunks_of_logits_share_one_memory(chunk):
+    states, head, ids = drawn()
+    places = set()
+
+    def loss_of(logits, start, stop):
+        places.add(logits.data_ptr())
+        logprob, _ = chosen(logits, ids[start:stop], overwrite=True)
+        return -logprob.sum(), torch.zeros(1)
+
+    loss, _ = head_loss(states, head, loss_of, chunk)
+    loss.backward()
+    assert len(places) == 1
+    states_, head_, _ = drawn()
+    expected = F.cross_entropy(states_ @ head_.T, ids, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close((states.grad, head.grad), (states_.grad, head_.grad))

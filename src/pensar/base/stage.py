@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pensar.base.config import Config
+from pensar.base.metrics import Recording
 from pensar.base.progress import Progress
 from pensar.base.ranks import Crew
 
@@ -28,6 +29,8 @@ class Runtime:
     progress: Progress = field(default_factory=Progress)
     layout: str = ""
     """How pre-training spreads a model over the crew's ranks, as in `shard=4,tp=2`; empty: every rank has all of it."""
+    recording: Recording = field(default_factory=Recording)
+    """In what trackers training is shown, and which of its steps are profiled."""
 
 
 StageFunction = Callable[[Any, Mapping[str, Path], Path, Runtime], Counts]

@@ -95,6 +95,12 @@ VERBS = {
         "pensar show runs/tiny/model",
         "Of a run's folder it lists the artifacts.",
     ),
+    "watch": Verb(
+        "pensar.cli.watch:watch",
+        "Follow a run in the terminal: stage, loss, speed, loss by domain, time left.",
+        "pensar watch runs/tiny",
+        "It reads the run's files and disturbs nothing; `--once` prints one frame, also into a pipe.",
+    ),
     "completion": Verb(
         "pensar.cli.completion:completion",
         "Print the completion script for a shell.",

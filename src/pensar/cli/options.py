@@ -1,16 +1,19 @@
 """Options and arguments that several verbs share, and what they open."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from pensar.base import torchrun
+from pensar.base.errors import ConfigError
 from pensar.base.identity import LOGS
+from pensar.base.metrics import Recording
 from pensar.base.pipeline import Choice
 from pensar.base.ranks import Crew
 from pensar.base.stage import Runtime, Stage
@@ -61,6 +64,8 @@ class MachineOptions:
     """Threads of each process; by default as the recipe says, without a recipe one."""
     quiet: Flag = False
     """No progress bars."""
+    profile: str = ""
+    """Profile training: `--profile 100:3` the steps 100 to 102 of each stage, into its folder of logs."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +96,31 @@ def open_recipe(path: Path, options: RecipeOptions | None) -> Opened:
 
 @contextmanager
 def open_runtime(
-    options: MachineOptions | None, folder: Path, ranks: int, threads: int, layout: str = ""
+    options: MachineOptions | None,
+    folder: Path,
+    ranks: int,
+    threads: int,
+    layout: str = "",
+    recording: Recording | None = None,
 ) -> Iterator[Runtime]:
     """The runtime of the options, `ranks` and `threads` where they say nothing; its processes end with the block."""
     options = options or MachineOptions()
     ranks = ranks if options.ranks is None else options.ranks
     threads = threads if options.threads is None else options.threads
+    recording = recording or Recording()
+    if options.profile:
+        recording = replace(recording, profile=steps_to_profile(options.profile))
     with torchrun.TorchrunCrew(threads) if torchrun.launched() else Crew(ranks, threads) as crew:
         progress = progress_for_terminal(options.quiet)
-        yield Runtime(logs=folder / LOGS, crew=crew, progress=progress, layout=layout)
+        yield Runtime(logs=folder / LOGS, crew=crew, progress=progress, layout=layout, recording=recording)
+
+
+def steps_to_profile(text: str) -> tuple[int, int]:
+    """First step and number of steps of `100:3`; of `100` one step."""
+    found = re.fullmatch(r"(\d+)(?::([1-9]\d*))?", text)
+    if found is None:
+        raise ConfigError(f"--profile {text}: give the first step and how many, such as 100:3")
+    return int(found[1]), int(found[2] or 1)
 
 
 def usable_cores() -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pensar.base.config import nearest
 from pensar.base.errors import ConfigError
+from pensar.base.metrics import Recording
 from pensar.base.pipeline import Choice, Outcome, execute, plan
 from pensar.cli.options import (
     MachineOptions,
@@ -99,7 +100,8 @@ def _run(opened: Opened, choice: Choice, machine: MachineOptions | None) -> None
 
     links = recipes.LINKS
     wanted = opened.recipe.runtime
-    within = open_runtime(machine, opened.folder, wanted.ranks, wanted.threads, wanted.layout)
+    recording = Recording(trackers=wanted.trackers, profile=wanted.profile_steps)
+    within = open_runtime(machine, opened.folder, wanted.ranks, wanted.threads, wanted.layout, recording)
     with Screen(opened.options.json) as screen, within as runtime:
         todo = [item for item in plan(opened.stages, opened.folder, choice) if to_do(item)]
         crew = runtime.crew

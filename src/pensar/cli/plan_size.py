@@ -9,6 +9,7 @@ from cyclopts import Group, Parameter
 
 from pensar.base.config import complete
 from pensar.base.errors import ConfigError
+from pensar.cli import plan_check
 from pensar.cli.options import Flag
 from pensar.cli.screen import Screen
 from pensar.report.numbers import count, duration, percent, plural, scientific, short, size
@@ -56,6 +57,10 @@ class ClusterOptions:
     """Power of the data centre over that of its servers; by default 1.2."""
     price: float | None = None
     """Dollars for an hour of one GPU; by default an assumption of the table."""
+    simulate: Flag = False
+    """Run a step of the best layout with pretended ranks and tensors, and show how far the formulas are off."""
+    layout: str | None = None
+    """Simulate this one in place of the best, such as `shard=1024,ep=64,recompute=full`."""
 
     def given(self) -> list[str]:
         """The options that say something."""
@@ -109,6 +114,8 @@ def plan_size(name: str, options: ClusterOptions, json: bool) -> None:
 
     model = sizes.size(name)
     cluster = options.cluster(name)
+    if options.layout is not None and not options.simulate:
+        raise ConfigError(f"--layout {options.layout} says what to simulate; give --simulate too")
     found = planner.plan(model, cluster)
     best, shown = found[0], _kinds(found)
     gpu, node = str(options.gpu), cluster.accelerator.gpus_per_node
@@ -132,7 +139,12 @@ def plan_size(name: str, options: ClusterOptions, json: bool) -> None:
         for number, line in enumerate(assumed):
             screen.line(f"{'assumed' if number == 0 else '':<12}{line}")
         documents = [_document(one, planner.cost(model, cluster, one)) for one in shown]
-        screen.result(_result(name, gpu, model, cluster, documents, assumed))
+        result = _result(name, gpu, model, cluster, documents, assumed)
+        if options.simulate:
+            screen.line()
+            layout, step = plan_check.chosen(model, cluster, found, options.layout)
+            result["simulation"] = plan_check.check(screen, model, cluster, layout, step)
+        screen.result(result)
 
 
 def _summary(

@@ -1,20 +1,29 @@
 """`pensar show`: an artifact with its lineage both ways, counts, configuration, files and times."""
 
 import json as jsonlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pensar.base.errors import DataError
+from pensar.base.errors import ConfigError, DataError
 from pensar.base.files import files_under
 from pensar.base.lineage import ancestors, descendants, open_artifact
 from pensar.base.manifest import Artifact, Manifest, artifacts_in, damage
 from pensar.cli.options import Flag, Json
 from pensar.cli.screen import Screen, counts_text
-from pensar.report.numbers import duration, plural, size
+from pensar.report.numbers import count, duration, multiple, plural, short, significant, size
 
 
-def show(path: Path, /, *, verify: Flag = False, step: int | None = None, json: Json = False) -> None:
+def show(
+    path: Path,
+    /,
+    *,
+    verify: Flag = False,
+    step: int | None = None,
+    parameters: float | None = None,
+    tokens: float | None = None,
+    json: Json = False,
+) -> None:
     """Show an artifact: what it came from and went into, counts, configuration, files and times.
 
     Of a run's folder it lists the artifacts.
@@ -27,11 +36,18 @@ def show(path: Path, /, *, verify: Flag = False, step: int | None = None, json: 
         Compare the digest of every file.
     step
         Of a pre-training stage: list the documents that this step learned from.
+    parameters
+        Of a scaling sweep: say the learning rate and batch for a model of so many parameters without embeddings.
+    tokens
+        With --parameters: the tokens that it will learn from.
     """
     with Screen(json) as screen:
         artifact = open_artifact(path)
         if step is not None:
             _show_step(screen, artifact, step)
+            return
+        if parameters is not None or tokens is not None:
+            _show_prediction(screen, artifact.folder, parameters, tokens)
             return
         listed = artifacts_in(artifact.folder)
         if artifact.manifest is not None:
@@ -92,6 +108,41 @@ def _show_step(screen: Screen, artifact: Artifact, step: int) -> None:
         ("row", "document", "source"), [(str(row), name, source) for row, name, source in shown], right=(0,)
     )
     screen.result({"folder": str(artifact.folder), "step": step, "documents": [s._asdict() for s in shown]})
+
+
+def _show_prediction(screen: Screen, folder: Path, parameters: float | None, tokens: float | None) -> None:
+    from pensar.train.powerlaw import Interval
+    from pensar.train.prediction import hyperparameters, read_prediction
+
+    if parameters is None or tokens is None or min(parameters, tokens) < 1:
+        raise ConfigError(
+            f"--parameters {parameters} and --tokens {tokens}: give both, as in --parameters 4e5 --tokens 1e6"
+        )
+    prediction = read_prediction(folder)
+    found = hyperparameters(prediction, round(parameters), round(tokens))
+
+    def row(
+        name: str, value: Interval | None, why: str, shown: Callable[[float], str]
+    ) -> tuple[str, str, str]:
+        if value is None:
+            return name, "", f"no law: {why}"
+        ends = [shown(end) for end in (value.low, value.high) if end is not None]
+        return name, shown(value.value), " to ".join(ends)
+
+    optimizer = "Muon" if prediction.muon else "AdamW"
+    adamw = Interval(found.adamw_rate) if found.adamw_rate is not None else None
+    rows = [
+        row(f"learning rate, {optimizer}", found.rate, prediction.rate_why, significant),
+        *([row("learning rate, AdamW", adamw, prediction.rate_why, significant)] if prediction.muon else []),
+        row("batch, tokens", found.batch_tokens, prediction.batch_why, count),
+        row("loss, nats a token", found.loss, prediction.loss_why, significant),
+    ]
+    screen.table(
+        (f"{short(parameters)} parameters, {short(tokens)} tokens", "value", "95% interval"), rows, right=(1,)
+    )
+    if found.beyond > 1:
+        screen.line(f"beyond the sweep: {multiple(found.beyond)}")
+    screen.result({"folder": str(folder), "prediction": found})
 
 
 def _show_run(screen: Screen, folder: Path, listed: Sequence[Artifact]) -> None:

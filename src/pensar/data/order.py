@@ -30,6 +30,8 @@ class Row:
     """[context]"""
     segments: Ints
     """[context]; the documents of the row are numbered from 1, there is no padding."""
+    documents: Ints | None = None
+    """[context]; the place of each token's document in the shards' list."""
 
 
 class PretrainData:
@@ -124,4 +126,5 @@ class PretrainData:
             segment += piece.begins_segment or position == 0
             segments[position : position + len(part)] = segment
             position += len(part)
-        return Row(np.concatenate(parts), segments)
+        documents = np.repeat([piece.document for piece in pieces], [len(part) for part in parts])
+        return Row(np.concatenate(parts), segments, documents.astype(np.int32))

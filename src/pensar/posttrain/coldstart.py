@@ -15,6 +15,7 @@ import msgspec
 
 from pensar.base.config import Config
 from pensar.base.files import read_jsonl, seed_of, write_jsonl
+from pensar.base.metrics import Recording
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
 from pensar.base.stage import Counts, Runtime
@@ -62,13 +63,21 @@ class ColdStartConfig(LoopConfig, frozen=True, kw_only=True):
 
 def run(config: ColdStartConfig, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> Counts:
     """Reads `model` and `tasks`; writes the model, examples.jsonl and dropped.jsonl with a reason for each."""
-    return runtime.crew.call(_on_rank, config, dict(inputs), out, runtime.logs, runtime.progress)
+    return runtime.crew.call(
+        _on_rank, config, dict(inputs), out, runtime.logs, runtime.progress, runtime.recording
+    )
 
 
 def _on_rank(
-    world: World, config: ColdStartConfig, inputs: dict[str, Path], out: Path, logs: Path, progress: Progress
+    world: World,
+    config: ColdStartConfig,
+    inputs: dict[str, Path],
+    out: Path,
+    logs: Path,
+    progress: Progress,
+    recording: Recording,
 ) -> Counts:
-    place = Place(out, logs, world, progress)
+    place = Place(out, logs, world, progress, recording=recording)
     model, tokenizer = load_model(inputs["model"]), Tokenizer.load(inputs["model"])
     tasks = list(read_jsonl(inputs["tasks"] / "train" / f"{config.queries}.jsonl", Task))
     solved = _solved_directly(Engine(model, tokenizer, slots=128), tokenizer, tasks, world)
@@ -78,7 +87,7 @@ def _on_rank(
         write_jsonl(out / "examples.jsonl", examples)
         write_jsonl(out / "dropped.jsonl", dropped)
     batches_of = in_batches(encode(tokenizer, examples), config.batch_size, config.seed)
-    fit(model, batches_of, config, place, name="cold start")
+    fit(model, batches_of, config, place, name="cold start", seed=config.seed)
     finish(model, tokenizer, place)
     reasons = Counter(str(row["reason"]) for row in dropped)
     return {

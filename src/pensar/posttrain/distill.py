@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from pensar.base.files import read_jsonl, seed_of
+from pensar.base.metrics import Recording
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
 from pensar.base.stage import Counts, Runtime
@@ -54,12 +55,16 @@ class OnPolicyConfig(LoopConfig, frozen=True, kw_only=True):
 
 def off_policy(config: OffPolicyConfig, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> Counts:
     """Reads `model` (the student), `teacher` and `tasks`."""
-    return runtime.crew.call(_off_policy, config, dict(inputs), out, runtime.logs, runtime.progress)
+    return runtime.crew.call(
+        _off_policy, config, dict(inputs), out, runtime.logs, runtime.progress, runtime.recording
+    )
 
 
 def on_policy(config: OnPolicyConfig, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> Counts:
     """Reads `model` (the student), `teacher` and `tasks`; teacher and student share one tokenizer."""
-    return runtime.crew.call(_on_policy, config, dict(inputs), out, runtime.logs, runtime.progress)
+    return runtime.crew.call(
+        _on_policy, config, dict(inputs), out, runtime.logs, runtime.progress, runtime.recording
+    )
 
 
 def teacher_examples(
@@ -94,9 +99,15 @@ def examples_of(rollout: Rollout) -> list[Example]:
 
 
 def _off_policy(
-    world: World, config: OffPolicyConfig, inputs: dict[str, Path], out: Path, logs: Path, progress: Progress
+    world: World,
+    config: OffPolicyConfig,
+    inputs: dict[str, Path],
+    out: Path,
+    logs: Path,
+    progress: Progress,
+    recording: Recording,
 ) -> Counts:
-    place = Place(out, logs, world, progress)
+    place = Place(out, logs, world, progress, recording=recording)
     tokenizer = Tokenizer.load(inputs["teacher"])
     teacher = Engine(load_model(inputs["teacher"]), tokenizer, slots=128)
     tasks = list(read_jsonl(inputs["tasks"] / "train" / f"{config.queries}.jsonl", Task))[
@@ -105,15 +116,21 @@ def _off_policy(
     examples = teacher_examples(config, teacher, tokenizer, tasks, world)
     student = load_model(inputs["model"])
     batches_of = in_batches(encode(tokenizer, examples), config.batch_size, config.seed)
-    fit(student, batches_of, config, place, name="off-policy distillation")
+    fit(student, batches_of, config, place, name="off-policy distillation", seed=config.seed)
     finish(student, tokenizer, place)
     return {"queries": len(tasks), "examples": len(examples), "steps": config.steps}
 
 
 def _on_policy(
-    world: World, config: OnPolicyConfig, inputs: dict[str, Path], out: Path, logs: Path, progress: Progress
+    world: World,
+    config: OnPolicyConfig,
+    inputs: dict[str, Path],
+    out: Path,
+    logs: Path,
+    progress: Progress,
+    recording: Recording,
 ) -> Counts:
-    place = Place(out, logs, world, progress)
+    place = Place(out, logs, world, progress, recording=recording)
     tokenizer = Tokenizer.load(inputs["model"])
     teacher, student = load_model(inputs["teacher"]), load_model(inputs["model"])
     engine = Engine(student, tokenizer, slots=max(64, config.prompts // world.size))

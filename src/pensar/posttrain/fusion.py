@@ -13,6 +13,7 @@ import numpy as np
 
 from pensar.base.config import Config
 from pensar.base.files import read_jsonl, seed_of, write_jsonl
+from pensar.base.metrics import Recording
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
 from pensar.base.stage import Counts, Runtime
@@ -60,13 +61,21 @@ class FusionConfig(LoopConfig, frozen=True, kw_only=True):
 
 def run(config: FusionConfig, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> Counts:
     """Reads `model` (the reasoning model) and `tasks`; writes the fused model and examples.jsonl."""
-    return runtime.crew.call(_on_rank, config, dict(inputs), out, runtime.logs, runtime.progress)
+    return runtime.crew.call(
+        _on_rank, config, dict(inputs), out, runtime.logs, runtime.progress, runtime.recording
+    )
 
 
 def _on_rank(
-    world: World, config: FusionConfig, inputs: dict[str, Path], out: Path, logs: Path, progress: Progress
+    world: World,
+    config: FusionConfig,
+    inputs: dict[str, Path],
+    out: Path,
+    logs: Path,
+    progress: Progress,
+    recording: Recording,
 ) -> Counts:
-    place = Place(out, logs, world, progress)
+    place = Place(out, logs, world, progress, recording=recording)
     model, tokenizer = load_model(inputs["model"]), Tokenizer.load(inputs["model"])
     tasks = list(read_jsonl(inputs["tasks"] / "train" / f"{config.queries}.jsonl", Task))
     engine = Engine(model, tokenizer, slots=128)
@@ -86,7 +95,7 @@ def _on_rank(
         write_jsonl(out / "examples.jsonl", examples)
         write_jsonl(out / "interrupted.jsonl", [{"text": tokenizer.decode(list(s.tokens))} for s in cut])
     batches_of = in_batches([*encode(tokenizer, examples), *cut], config.batch_size, config.seed)
-    fit(model, batches_of, config, place, name="thinking-mode fusion")
+    fit(model, batches_of, config, place, name="thinking-mode fusion", seed=config.seed)
     finish(model, tokenizer, place)
     kinds = Counter([*(example.kind for example in examples), *("interrupted" for _ in cut)])
     return {

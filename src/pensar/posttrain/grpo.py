@@ -13,6 +13,7 @@ import numpy as np
 
 from pensar.base.errors import DataError
 from pensar.base.files import read_jsonl, seed_of, write_atomic
+from pensar.base.metrics import Recording
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
 from pensar.base.stage import Counts, Runtime
@@ -59,7 +60,7 @@ class GrpoConfig(LoopConfig, frozen=True, kw_only=True):
 
 def run(config: GrpoConfig, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> Counts:
     """Reads `model` and the sets of `tasks`; fills `out` with the better model and every rollout."""
-    place = runtime.logs, runtime.progress
+    place = runtime.logs, runtime.progress, runtime.recording
     return runtime.crew.call(_on_rank, config, dict(inputs), out, *place)
 
 
@@ -71,9 +72,15 @@ def advantages(scores: Sequence[float]) -> np.ndarray | None:
 
 
 def _on_rank(
-    world: World, config: GrpoConfig, inputs: dict[str, Path], out: Path, logs: Path, progress: Progress
+    world: World,
+    config: GrpoConfig,
+    inputs: dict[str, Path],
+    out: Path,
+    logs: Path,
+    progress: Progress,
+    recording: Recording,
 ) -> Counts:
-    place = Place(out, logs, world, progress)
+    place = Place(out, logs, world, progress, recording=recording)
     model, tokenizer = load_model(inputs["model"]), Tokenizer.load(inputs["model"])
     engine = Engine(model, tokenizer, slots=max(64, config.prompts * config.group // world.size))
     queries = _queries(config, inputs["tasks"], engine, tokenizer, place)

@@ -5,6 +5,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,9 @@ class Batch:
     pg: Floats | None = None
     kl: Floats | None = None
     behaviour: Floats | None = None
+    groups: Ints | None = None
+    """[B, T], whose loss each token counts into beside the step's; None where nobody asks."""
+    num_groups: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -51,6 +55,8 @@ class Batch:
             tokens=self.tokens[chosen],
             positions=self.positions[chosen],
             segments=self.segments[chosen],
+            groups=None if self.groups is None else self.groups[chosen],
+            num_groups=self.num_groups,
             **{name: None if values is None else values[chosen] for name, values in streams.items()},
         )
 
@@ -143,7 +149,7 @@ def collate(rows: Sequence[Sequence[Sample]], *, length: int, pad: int = 0) -> B
     segments = np.zeros(shape, np.int32)
     present = [sample for row in rows for sample in row]
     used = [name for name in STREAMS if any(getattr(sample, name) is not None for sample in present)]
-    streams: dict[str, Floats] = {name: np.zeros(shape, np.float32) for name in used}
+    streams: dict[str, Any] = {name: np.zeros(shape, np.float32) for name in used}
     for line, row in enumerate(rows):
         if _length(row) > length:
             raise DataError(

@@ -12,11 +12,12 @@ from torch._dynamo import config as compiler_config
 
 from pensar.base.errors import ConfigError
 from pensar.base.ranks import World
+from pensar.model import hardware
 from pensar.model.attention import Attend
 from pensar.model.moe import SparseMLP
 from pensar.model.qwen3 import Qwen3
 
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16", "float8"]
 
 WORTH = 2.0
 """How much faster products in bfloat16 must be: what is beside them gains nothing and pays for conversions."""
@@ -27,10 +28,23 @@ NARROW = 256
 class Arithmetic:
     """The type of products in forward and backward; weights, gradients and optimiser stay in float32.
 
-    Part of a checkpoint: a run goes on in the type that it began with, whatever a second probe would say.
+    Part of a checkpoint: a run goes on in the type that it began with, whatever a second probe would say. In a layout
+    of ranks the device decides, and shards come in their type already.
     """
 
-    def __init__(self, precision: Precision, hidden_size: int, world: World) -> None:
+    def __init__(
+        self, precision: Precision, hidden_size: int, world: World, device: torch.device | None = None
+    ) -> None:
+        """`device` is that of a layout of ranks; None where every rank has the whole model, on its processor."""
+        self._shards = device is not None
+        if device is not None:
+            self.precision = shard_precision(precision, device)
+            return
+        if precision == "float8":
+            raise ConfigError(
+                "precision=float8 and the model is on the processor, which multiplies no 8-bit numbers; give "
+                "the run a layout on a GPU (runtime.layout: shard=1) or leave precision at auto"
+            )
         fast = precision == "bfloat16"
         if precision == "auto":
             mine = hidden_size >= NARROW and bfloat16_gain() >= WORTH
@@ -39,17 +53,39 @@ class Arithmetic:
 
     def __call__(self) -> AbstractContextManager[Any]:
         """What a step runs in."""
-        return torch.autocast("cpu", torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
+        cast = self.precision == "bfloat16" and not self._shards
+        return torch.autocast("cpu", torch.bfloat16) if cast else nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         return {"precision": self.precision}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["precision"] not in ("float32", "bfloat16"):
+        known = ("float32", "bfloat16", "float8") if self._shards else ("float32", "bfloat16")
+        if state["precision"] not in known:
             raise ConfigError(
                 f"the checkpoint's precision is {state['precision']!r}; begin the stage anew with float32 or bfloat16"
             )
-        self.precision = state["precision"]
+        if not self._shards:
+            self.precision = state["precision"]
+
+
+def shard_precision(precision: Precision, device: torch.device) -> str:
+    """The type of products in a layout of ranks on such devices: bfloat16 where they have it and float32 is not asked
+    for, float32 elsewhere, float8 on request."""
+    able = hardware.capability(device)
+    if precision == "float8" and able < hardware.ADA:
+        raise ConfigError(
+            f"precision=float8 on {device.type}, compute capability {able[0]}.{able[1]}; 8-bit products begin "
+            "with 8.9 (Ada, Hopper): leave precision at auto"
+        )
+    if precision == "bfloat16" and able < hardware.AMPERE:
+        raise ConfigError(
+            f"precision=bfloat16 in a layout of ranks on {device.type}, compute capability {able[0]}.{able[1]}; there "
+            "it begins with GPUs of 8.0: leave precision at auto"
+        )
+    if precision == "auto":
+        return "bfloat16" if able >= hardware.AMPERE else "float32"
+    return precision
 
 
 def bfloat16_gain(size: int = 512, repeats: int = 3) -> float:

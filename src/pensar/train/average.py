@@ -75,8 +75,10 @@ class Average:
 
     @torch.no_grad()
     def _add(self, weight: float) -> None:
-        """mean += weight (parameters - mean)."""
+        """mean += weight (parameters - mean), of what is trained."""
         for name, parameter in self._model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             now = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
             if name in self._mean:
                 self._mean[name].lerp_(now, weight)

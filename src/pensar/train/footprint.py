@@ -25,8 +25,6 @@ from pensar.train.layout import Layout
 
 STORED = 4
 """Bytes of a stored value: weights, sums of gradients and the optimiser's state are float32."""
-LOGITS_COPIES = 5
-"""Float32 matrices [chunk, vocabulary] alive at once: logits, gradient by each of two ways, two on the way to them."""
 MUON_COPIES = 5
 """Matrices alive at once in orthogonalising a stack of them: gradients, iterate, and three products."""
 PARTS = ("weights", "gathered", "gradients", "optimizer", "activations", "logits", "buffers", "overhead")
@@ -44,6 +42,8 @@ class Step(Config, frozen=True, kw_only=True):
     """Tokens whose logits are held at once (`loss.chunk_tokens`)."""
     compute_bytes: int = 2
     """Of a value in forward and backward: 2 is bfloat16, 4 float32."""
+    on_cpu: bool = False
+    """Where softmax and gradient are written over the logits."""
     muon: bool = False
     exact_balance: bool = True
     """Count the experts' shares in a pass beforehand where there are several forward passes (`loss.exact_balance`)."""
@@ -115,7 +115,7 @@ def kept_bytes(model: ModelConfig, layout: Layout, step: Step, recompute: str) -
     E, k = model.num_experts, model.experts_per_token
     scattered = D / tp if tp > 1 else 0.0
     if recompute == "full":
-        each = c * D / tp + (8 * k + 4 * E + 4 if E else 0)
+        each = c * D / tp + (8 * k + 4 * E + 4 if E else 0) / tp
     elif recompute == "selective":
         each = c * (D / tp + D + scattered + 2 * (H + K) * h) + 4 * H
         if E:
@@ -128,9 +128,8 @@ def kept_bytes(model: ModelConfig, layout: Layout, step: Step, recompute: str) -
         each += 2 * c * K * h * (layout.cp - 1)
         if E:
             sent = c * k * D + 8 * k if layout.ep > 1 else 0
-            each += (
-                (4 - c) * D + c * k * (3 * D + 4 * model.moe_intermediate_size) + 32 * k + 4 * E + 20 + sent
-            )
+            routed = (4 - c) * D + c * k * (3 * D + 4 * model.moe_intermediate_size)
+            each += (routed + 32 * k + 4 * E + 20 + sent) / tp
         else:
             each += 4 * c * model.intermediate_size / tp
     return each * step.tokens(layout)
@@ -145,8 +144,8 @@ def working_bytes(model: ModelConfig, layout: Layout, step: Step) -> float:
             (3 if layout.recompute == "full" else 2) * model.experts_per_token * model.moe_intermediate_size
         )
     else:
-        width = 2 * model.intermediate_size // layout.tp
-    return again + (c * width + (4 + c) * model.hidden_size / layout.tp) * step.tokens(layout)
+        width = 2 * model.intermediate_size
+    return again + (c * width + (4 + c) * model.hidden_size) / layout.tp * step.tokens(layout)
 
 
 def memory(model: ModelConfig, layout: Layout, step: Step, overhead_bytes: float = 0.0) -> Memory:
@@ -175,14 +174,16 @@ def moments(
     state = 2 * stored - (STORED * _muon_parameters(model, layout, part) if step.muon else 0)
     always = dict.fromkeys(PARTS, 0.0) | {"weights": stored, "optimizer": state, "overhead": overhead_bytes}
     in_flight = min(layout.pp - stage, layout.micro_batches) if layout.pp > 1 else 1
-    summed = stored if step.accumulate * in_flight > 1 or layout.micro_batches > 1 else 0.0
+    summed = stored if step.accumulate > 1 else 0.0
+    block = part.block + part.experts
+    if layout.pp > 1:
+        # Gradients are summed over the ranks after the last micro-batch only.
+        summed = STORED * (part.layers * block + part.ends) if layout.micro_batches > 1 else summed
     kept = kept_bytes(model, layout, step, layout.recompute)
-    edges = (24 + 2 * c * model.head_dim) * t
-    held = in_flight * (part.layers * kept + edges)
+    held = in_flight * (part.layers * kept + _edge_bytes(model, layout, step))
     table = model.vocab_size * D // layout.tp
     chunk = min(t, step.chunk_tokens)
-    head = c * table if last and (sharded or t > chunk) else 0.0
-    block = part.block + part.experts
+    head = c * table if last and layout.tp == 1 else 0.0
     gathered = c * part.ends if sharded else 0.0
     found: dict[str, dict[str, float]] = {}
     if last:
@@ -190,30 +191,100 @@ def moments(
             "gathered": gathered,
             "gradients": summed + head,
             "activations": held + (4 + 4 * c) * D * t,
-            "logits": LOGITS_COPIES * 4.0 * chunk * model.vocab_size,
+            "logits": chunk * _logit_bytes(layout, step) * model.vocab_size,
         }
     found |= {
         "backward": always
-        | {
-            "gathered": gathered + (2 * c * block if sharded else 0),
-            "gradients": summed + (c * table if last else 0),
-            "activations": held + working_bytes(model, layout, step),
-            "buffers": (c + 2 * STORED) * block if sharded else 0,
-        },
-        "end of backward": always
-        | {
-            "gathered": gathered,
-            "gradients": stored + (c * part.ends if sharded else 0),
-            "activations": edges + (0 if sharded else kept + working_bytes(model, layout, step)),
-            "buffers": STORED * part.ends if sharded else STORED * part.embedding,
-        },
+        | {"gathered": gathered + (2 * c * block if sharded else 0)}
+        | _block(model, layout, step, part, held, summed + (c * table if last else 0)),
+        "end of backward": always | _end(model, layout, step, part, summed, in_flight),
         "update": always
         | {
             "gradients": stored,
-            "buffers": _muon_bytes(model, layout, part, sharded) if step.muon else 0.0,
+            "buffers": _update_bytes(model, layout, step, part),
         },
     }
+    for parts in found.values():
+        parts["buffers"] += _received_bytes(model, layout, step, stage)
     return found
+
+
+def _block(
+    model: ModelConfig, layout: Layout, step: Step, part: Share, held: float, gradients: float
+) -> dict[str, float]:
+    """The larger of two: a block's operations, while the gradients of the one after it are on their way to the
+    shards, and the sum over the ranks of its own, once its operations are done. In a pipeline that comes later."""
+    c, working = step.compute_bytes, working_bytes(model, layout, step)
+    if not is_sharded(layout, step) or layout.pp > 1:
+        return {"gradients": gradients, "activations": held + working}
+    block = part.block + part.experts
+    alone = layout.ep * layout.tp > 1  # experts are summed by themselves, before the rest
+    leaving = STORED * (part.block if alone else block)
+    summing = STORED * (max(part.block, part.experts) if alone else block)
+    own = kept_bytes(model, layout, step, layout.recompute)
+    if working + leaving + own >= c * block + summing:
+        return {"gradients": gradients, "activations": held + working, "buffers": leaving}
+    return {"gradients": gradients + c * block, "activations": held - own, "buffers": summing}
+
+
+def _end(
+    model: ModelConfig, layout: Layout, step: Step, part: Share, summed: float, in_flight: int
+) -> dict[str, float]:
+    """The most that is needed from the first block's backward pass on.
+
+    That pass, when all other layers' gradients are there; where weights are sharded also the sum over ranks of the
+    gradients of both ends, or, of a tied embedding, that of its two uses while the weights are still gathered.
+    """
+    c, block, table = step.compute_bytes, part.block + part.experts, model.vocab_size * model.hidden_size
+    stored = STORED * rank_parameters(model, layout, 0 if part.embedding else layout.pp - 1)
+    kept = kept_bytes(model, layout, step, layout.recompute) + _edge_bytes(model, layout, step)
+    active = kept + working_bytes(model, layout, step)
+    if layout.pp > 1:
+        # The other micro-batches under way wait for their own; the blocks stay gathered for the next of them.
+        waiting = (in_flight - 1) * (part.layers * kept_bytes(model, layout, step, layout.recompute))
+        gathered = c * (part.ends + part.layers * block)
+        return {"gathered": gathered, "gradients": max(summed, stored), "activations": waiting + active}
+    if not is_sharded(layout, step):
+        return {"gradients": stored, "activations": active, "buffers": STORED * part.embedding}
+    before = max(summed, stored - STORED * (block + part.ends) / _shards(layout))
+    ends = c * part.ends
+    head = c * table / layout.tp if part.head else 0.0
+    found = [
+        {"gathered": ends + c * block} | _block(model, layout, step, part, kept, before + head),
+        {"gradients": stored + ends, "buffers": STORED * part.ends},
+    ]
+    if model.tied and part.head and part.embedding:
+        others = stored - STORED * part.ends / _shards(layout)
+        found.append({"gathered": ends, "gradients": others + ends, "buffers": 2 * ends})
+    return max(found, key=lambda parts: sum(parts.values()))
+
+
+def _received_bytes(model: ModelConfig, layout: Layout, step: Step, stage: int) -> float:
+    """The places of what a part of the depth receives, for every micro-batch: the stream, of sparse models also for
+    the pass that counts, and its gradient."""
+    if layout.pp == 1:
+        return 0.0
+    a_pass = step.compute_bytes * model.hidden_size * step.tokens(layout) / layout.tp
+    forward = (stage > 0) * (2 if model.num_experts else 1)
+    return layout.micro_batches * a_pass * (forward + (stage < layout.pp - 1))
+
+
+def _edge_bytes(model: ModelConfig, layout: Layout, step: Step) -> float:
+    """Token ids, positions, segments, tables of cosine and sine, and the mask of a split context, of one pass."""
+    mask = (1 + step.compute_bytes) * step.context if layout.cp > 1 else 0
+    return float((24 + 2 * step.compute_bytes * model.head_dim + mask) * step.tokens(layout))
+
+
+def _logit_bytes(layout: Layout, step: Step) -> float:
+    """Of one logit: as computed and in float32, its probability, which its gradient replaces, and that as computed."""
+    c = step.compute_bytes
+    if (
+        layout.tp > 1
+    ):  # gathered from the ranks, and computed again in the backward pass where there are chunks
+        return (8 if step.tokens(layout) > step.chunk_tokens else 4) * c
+    if step.on_cpu:
+        return STORED if c == STORED else 2 * c + STORED
+    return 2 * STORED if c == STORED else c + 2 * STORED
 
 
 def is_sharded(layout: Layout, step: Step) -> bool:
@@ -254,6 +325,17 @@ def _muon_parameters(model: ModelConfig, layout: Layout, part: Share) -> float:
     return part.layers * (
         (part.block - aside) / _shards(layout) + part.experts * _expert_piece(model, layout)
     )
+
+
+def _update_bytes(model: ModelConfig, layout: Layout, step: Step, part: Share) -> float:
+    """Temporaries of clipping, where each tensor's squares are summed by themselves, and of Muon."""
+    sharded = is_sharded(layout, step)
+    largest = max(
+        model.vocab_size * model.hidden_size / layout.tp / _shards(layout),
+        2 * part.experts * _expert_piece(model, layout) / 3,
+    )
+    muon = _muon_bytes(model, layout, part, sharded) if step.muon else 0.0
+    return max(muon, STORED * largest if sharded else 0.0)
 
 
 def _muon_bytes(model: ModelConfig, layout: Layout, part: Share, sharded: bool) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from pensar.model.qwen3 import Qwen3
@@ -34,7 +35,7 @@ def plain_head(model: Qwen3) -> Tensor | None:
     if "logits" in vars(model) or type(model).logits is not Qwen3.logits:
         return None
     weight: Tensor = model.model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
-    return weight if type(weight) in (nn.Parameter, Tensor) else None
+    return weight if type(weight) in (nn.Parameter, Tensor, FakeTensor) else None
 
 
 def head_loss(
@@ -48,17 +49,51 @@ def head_loss(
     return loss, sums
 
 
+def chosen(logits_NV: Tensor, ids_N: Tensor, *, overwrite: bool) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token's id, and the log of the softmax's denominator: [N] and [N].
+
+    The library's softmax is one pass over a row that is in the cache, four times as fast on a CPU as its exponential
+    alone, and its result is all that the gradient needs. On a CPU `overwrite` puts it, and then the gradient, into the
+    memory of the logits, which the caller must not look at again.
+    """
+    logprob_N, log_z_N = _Chosen.apply(logits_NV, ids_N, overwrite)  # type: ignore[no-untyped-call]
+    return logprob_N, log_z_N
+
+
+class _Chosen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, ids_N: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
+        top_N = logits_NV.amax(-1)
+        picked_N = logits_NV.gather(1, ids_N[:, None]).squeeze(1)
+        memory_NV = logits_NV.detach() if overwrite and logits_NV.device.type == "cpu" else None
+        p_NV = torch.softmax(logits_NV.detach(), -1, out=memory_NV)
+        log_z_N = top_N - p_NV.amax(-1).log()  # the largest is at least 1 / V
+        ctx.save_for_backward(ids_N)
+        ctx.p_NV = p_NV
+        return picked_N - log_z_N, log_z_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprob_N: Tensor, grad_log_z_N: Tensor) -> tuple[Tensor, None, None]:
+        (ids_N,) = ctx.saved_tensors
+        p_NV, ctx.p_NV = ctx.p_NV, None  # of no use a second time
+        grad_NV = p_NV.mul_((grad_log_z_N - grad_logprob_N)[:, None])
+        grad_NV.scatter_add_(1, ids_N[:, None], grad_logprob_N[:, None])
+        return grad_NV, None, None
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, states_ND: Tensor, head_VD: Tensor, loss_of: LossOfLogits, chunk: int, learns: bool
     ) -> tuple[Tensor, Tensor]:
         gradients = _Gradients(states_ND, head_VD) if learns else None
+        scores = _Scores(head_VD, min(chunk, len(states_ND)))
         total: Tensor | None = None
         counted: Tensor | None = None
         for start in range(0, len(states_ND), chunk):
             stop = min(start + chunk, len(states_ND))
-            logits_CV = nn.functional.linear(states_ND[start:stop], head_VD)
+            logits_CV = scores.of(states_ND[start:stop])
             with torch.set_grad_enabled(learns):
                 loss, sums = loss_of(logits_CV.requires_grad_(learns), start, stop)
             if gradients is not None:
@@ -81,6 +116,21 @@ class _HeadLoss(torch.autograd.Function):
         return *(gradient * grad if needed else None for gradient, needed in wanted), None, None, None
 
 
+class _Scores:
+    """Logits of chunk after chunk, in the memory of the first where that is as good as memory of their own."""
+
+    def __init__(self, head_VD: Tensor, chunk: int) -> None:
+        self._head, self._chunk = head_VD, chunk
+        self._memory: Tensor | None = None
+
+    def of(self, states_CD: Tensor) -> Tensor:
+        if states_CD.dtype != self._head.dtype or _autocast(states_CD):
+            return nn.functional.linear(states_CD, self._head)
+        if self._memory is None:
+            self._memory = states_CD.new_empty(self._chunk, len(self._head))
+        return torch.mm(states_CD, self._head.mT, out=self._memory[: len(states_CD)].detach())
+
+
 class _Gradients:
     """Of states and head, filled chunk by chunk; the head's in the type of its weight."""
 
@@ -90,13 +140,18 @@ class _Gradients:
         self.head_VD: Tensor | None = None
 
     def add(self, logits_CV: Tensor, start: int, stop: int) -> None:
-        self.states_ND[start:stop] = logits_CV @ self._head
+        states_CD = self.states_ND[start:stop]
+        plain = logits_CV.dtype == states_CD.dtype == self._head.dtype and not _autocast(logits_CV)
+        if plain:
+            torch.mm(logits_CV, self._head, out=states_CD)
+        else:
+            states_CD.copy_(logits_CV @ self._head)
         if not self._head.requires_grad:
             return
         states_CD = self._states[start:stop]
         if self.head_VD is None:
             self.head_VD = (logits_CV.mT @ states_CD).to(self._head.dtype)
-        elif logits_CV.dtype == states_CD.dtype == self.head_VD.dtype and not _autocast(logits_CV):
+        elif plain:
             self.head_VD.addmm_(logits_CV.mT, states_CD)
         else:
             self.head_VD += logits_CV.mT @ states_CD

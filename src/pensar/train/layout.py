@@ -27,6 +27,8 @@ class Layout(Config, frozen=True, kw_only=True):
     """Ranks that split a layer's experts."""
     pp: int = 1
     """Ranks that split the depth."""
+    virtual: int = 1
+    """Parts of the depth that each of those ranks holds, dealt out in turn: the way through a pipeline is shorter."""
     micro_batches: int = 1
     """Parts of each rank's rows that go through a pipeline one after the other."""
     accumulate: int = 1
@@ -35,11 +37,31 @@ class Layout(Config, frozen=True, kw_only=True):
     """What the backward pass computes again to save memory."""
 
     def __post_init__(self) -> None:
-        for name in ("dp_replicate", "dp_shard", "cp", "tp", "ep", "pp", "micro_batches", "accumulate"):
+        for name in (
+            "dp_replicate",
+            "dp_shard",
+            "cp",
+            "tp",
+            "ep",
+            "pp",
+            "virtual",
+            "micro_batches",
+            "accumulate",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(
                     f"layout: {name} is {getattr(self, name)}; it counts ranks and is at least 1"
                 )
+        if self.virtual > 1 and self.pp == 1:
+            raise ConfigError(
+                f"layout: virtual {self.virtual} without a pipeline; give pp, the ranks that split the depth"
+            )
+        rounds = max(1, self.micro_batches // self.pp)
+        if self.virtual > 1 and self.micro_batches % rounds:
+            raise ConfigError(
+                f"layout: {self.micro_batches} micro_batches do not go through pp {self.pp} with virtual "
+                f"{self.virtual} in equal rounds; use a multiple of {self.pp}"
+            )
         within = self.dp_shard * self.cp * self.tp
         if within % self.ep:
             raise ConfigError(
@@ -71,9 +93,10 @@ class Layout(Config, frozen=True, kw_only=True):
                 )
         if self.ep > 1 and not model.num_experts:
             raise ConfigError(f"layout: ep {self.ep} with a dense model, which has no experts; use dp_shard")
-        if self.pp > model.num_layers:
+        if self.pp * self.virtual > model.num_layers:
+            given = f"pp {self.pp}" + (f" x virtual {self.virtual}" if self.virtual > 1 else "")
             raise ConfigError(
-                f"layout: pp {self.pp} is more than the {model.num_layers} layers; use at most as many"
+                f"layout: {given} is more than the {model.num_layers} layers; use at most as many"
             )
         if self.cp > 1 and context % (2 * self.cp):
             raise ConfigError(

@@ -24,11 +24,12 @@ from torch.utils.checkpoint import checkpoint
 from pensar.base.config import Config
 from pensar.base.ranks import World
 from pensar.model.attention import Attend, Packed
-from pensar.model.moe import routings
+from pensar.model.moe import take_routings
 from pensar.model.qwen3 import Qwen3
 from pensar.text.packing import Batch
 from pensar.train.balance import Balance
-from pensar.train.head import chunk_tokens, head_loss, plain_head
+from pensar.train.fused import chosen_fused
+from pensar.train.head import chosen, chunk_tokens, head_loss, plain_head
 
 
 class LossConfig(Config, frozen=True, kw_only=True):
@@ -43,6 +44,8 @@ class LossConfig(Config, frozen=True, kw_only=True):
     """KL(model || teacher) in place of KL(teacher || model)."""
     chunk_tokens: int = 0
     """Tokens whose logits are held at once; 0 for as many as fit a processor's cache, or 2,048 on an accelerator."""
+    compile: bool = False
+    """Compile the cross-entropy on a GPU; the loop's `compile` does too."""
     z_loss: float = 0.0
     """Weight of log^2 Z of the output softmax, over the cross-entropy's tokens and weights (PaLM, arXiv 2204.02311,
     section 5: 1e-4)."""
@@ -74,13 +77,28 @@ class Totals:
     router_z: float = 0.0
     """Router z-loss before its weight; 0 where it is off."""
     tokens: int = 0
+    groups: Tensor | None = None
+    """[2, K] float64: the parts of `ce` and of `ce_weight` in each group of tokens; None where there are none."""
+
+    @classmethod
+    def zeros(cls, num_groups: int) -> Tensor:
+        """The tensor of no tokens."""
+        groups = torch.zeros(2, num_groups, dtype=torch.float64) if num_groups else None
+        return cls(groups=groups).tensor()
 
     def tensor(self) -> Tensor:
-        return torch.tensor(list(vars(self).values()), dtype=torch.float64)
+        """The plain sums in their order, then those of the groups."""
+        *plain, groups = vars(self).values()
+        sums = torch.tensor(plain, dtype=torch.float64)
+        return sums if groups is None else torch.cat((sums, groups.flatten()))
 
     @classmethod
     def of(cls, values: Tensor) -> "Totals":
-        return cls(*values.tolist())
+        count = len(vars(cls())) - 1
+        totals = cls(*values[:count].tolist())
+        if len(values) > count:
+            totals.groups = values[count:].view(2, -1)
+        return totals
 
 
 @dataclass(frozen=True)
@@ -94,10 +112,13 @@ class Targets:
     pg: Tensor
     kl: Tensor
     behaviour: Tensor
+    groups: Tensor | None
+    lost: Tensor | None
+    """ce_t (-log p) of each token, filled in chunk by chunk, where there are groups."""
 
     def chunk(self, start: int, stop: int) -> "Targets":
         parts = {name: None if value is None else value[start:stop] for name, value in vars(self).items()}
-        return Targets(**parts)  # type: ignore[arg-type]  # None only for the teacher
+        return Targets(**parts)  # type: ignore[arg-type]  # None only where it was None
 
 
 class Inputs(NamedTuple):
@@ -166,7 +187,7 @@ def batch_loss(
             taught = inputs.hidden(teacher)
     loss, totals = states_loss(model, hidden, batch, inputs, normalisers, config, teacher, taught)
     if balance is not None:
-        layers, real_N = routings(model), inputs.routed
+        layers, real_N = take_routings(model), inputs.routed
         evenness = balance.loss(layers, real_N)
         loss = loss + model.config.router_balance_weight * evenness
         totals.balance = float(evenness.detach())
@@ -195,11 +216,13 @@ def states_loss(
     if head is not None:
 
         def loss_of(logits_CV: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-            return _logits_loss(logits_CV, targets.chunk(start, stop), normalisers, config, teacher)
+            chunk = targets.chunk(start, stop)
+            return _logits_loss(logits_CV, chunk, normalisers, config, teacher, owned=True)
 
         loss, sums = head_loss(targets.states, head, loss_of, size)
         if sums is not None:
             _add(totals, sums)
+        totals.groups = _by_group(targets, batch.num_groups)
         return loss + hidden.sum() * 0.0, totals
     loss = hidden.sum() * 0.0
     num = len(targets.ids)
@@ -213,7 +236,17 @@ def states_loss(
             )
         loss = loss + part
         _add(totals, sums)
+    totals.groups = _by_group(targets, batch.num_groups)
     return loss, totals
+
+
+def _by_group(targets: Targets, num_groups: int) -> Tensor | None:
+    """Cross-entropy and weight of each group; on the CPU, where such sums have one order."""
+    if targets.groups is None or targets.lost is None:
+        return None
+    groups = targets.groups.cpu()
+    values = (values.double().cpu() for values in (targets.lost, targets.ce))
+    return torch.stack([torch.bincount(groups, weights, minlength=num_groups) for weights in values]).double()
 
 
 def _targets(batch: Batch, hidden: Tensor, taught: Tensor | None, columns: Tensor | None) -> Targets:
@@ -223,7 +256,11 @@ def _targets(batch: Batch, hidden: Tensor, taught: Tensor | None, columns: Tenso
     ce, pg, kl, behaviour = (torch.zeros_like(ids, dtype=torch.float32) if x is None else x for x in streams)
     if columns is not None:
         ids, ce, pg, kl, behaviour = (x[:, columns] for x in (ids, ce, pg, kl, behaviour))
+    groups = _after(batch.groups, hidden.device)
+    if groups is not None:
+        groups = groups if columns is None else groups[:, columns]
     at = ((ce != 0) | (pg != 0) | (kl != 0)).nonzero(as_tuple=True)
+    lost = ids.new_zeros(len(at[0]), dtype=torch.promote_types(hidden.dtype, torch.float32))
     return Targets(
         states=hidden[at],
         teacher=None if taught is None else taught[at],
@@ -232,6 +269,8 @@ def _targets(batch: Batch, hidden: Tensor, taught: Tensor | None, columns: Tenso
         pg=pg[at],
         kl=kl[at],
         behaviour=behaviour[at],
+        groups=None if groups is None else groups[at].long(),
+        lost=None if groups is None else lost,
     )
 
 
@@ -262,27 +301,36 @@ def _logits_loss(
     normalisers: tuple[float, float, float],
     config: LossConfig,
     teacher: Qwen3 | None,
+    *,
+    owned: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """`owned` logits may be written over."""
     w_ce, w_pg, w_kl = normalisers
-    logits_NV = _at_least_float32(logits_NV)
-    log_z = logits_NV.logsumexp(-1)
-    logprob = logits_NV.gather(1, at.ids[:, None]).squeeze(1) - log_z
+    sampled = at.pg != 0
+    learns_by_policy = bool(sampled.any())
+    alone = teacher is None and not learns_by_policy
+    if alone and config.compile and logits_NV.device.type == "cuda":
+        logprob, log_z = chosen_fused(logits_NV, at.ids)
+    else:
+        logits_NV = _at_least_float32(logits_NV)
+        logprob, log_z = chosen(logits_NV, at.ids, overwrite=owned and alone)
     ce = -(at.ce * logprob).sum()
     loss = ce / w_ce
+    if at.lost is not None:
+        at.lost.copy_(-(at.ce * logprob).detach())
     z = logits_NV.new_zeros(())
     if config.z_loss:
         z = (at.ce * log_z.square()).sum()
         loss = loss + config.z_loss * z / w_ce
-    sampled = at.pg != 0
     pg, clipped, mismatch, entropy = (logits_NV.new_zeros(()) for _ in range(4))
-    if bool(sampled.any()):
+    if learns_by_policy:
         gap = (logprob - at.behaviour)[sampled]
         ratio, advantage = gap.exp(), at.pg[sampled]
         bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         pg = -torch.minimum(ratio * advantage, bounded * advantage).sum()
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.entropy_bonus > 0):
-            chosen = logits_NV[sampled]
-            entropy = (log_z[sampled] - (chosen.softmax(-1) * chosen).sum(-1)).sum()
+            scores = logits_NV[sampled]
+            entropy = (log_z[sampled] - (scores.softmax(-1) * scores).sum(-1)).sum()
         loss = loss + (pg - config.entropy_bonus * entropy) / w_pg
         with torch.no_grad():
             clipped = (ratio != bounded).sum()

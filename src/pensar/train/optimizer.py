@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pensar.base.config import Config
 from pensar.base.errors import RunError
 from pensar.base.ranks import World
+from pensar.model import hardware
 
 
 class OptimizerConfig(Config, frozen=True, kw_only=True):
@@ -31,16 +32,22 @@ class OptimizerConfig(Config, frozen=True, kw_only=True):
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Approximate U V^T of each matrix [n, rows, columns] by the quintic Newton-Schulz iteration."""
+    """Approximate U V^T of each matrix [n, rows, columns] by the quintic Newton-Schulz iteration.
+
+    In bfloat16 on GPUs that have it, ten times as fast there, to which the iteration is as indifferent as to its own
+    singular values between 0.7 and 1.2.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if hardware.capability(x.device) >= hardware.AMPERE:
+        x = x.bfloat16()
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     result: Tensor = x.mT if tall else x
-    return result
+    return result.to(matrices.dtype)
 
 
 class Optimizer:

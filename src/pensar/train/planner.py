@@ -3,7 +3,7 @@
     compute      = 6 N + attention FLOPs of a rank's tokens (model.count) * (1 + repeated) / (assumed MFU * peak)
     exchanges    = of tokens, in full; of weights, what does not fit beside computing, a tenth of it at least
     micro-batch  = compute + exchanges
-    step         = micro-batch * (micro-batches + pp - 1) + exchanges of the update
+    step         = micro-batch * (micro-batches + (pp - 1) / virtual) + exchanges of the update
     days         = tokens / batch tokens * step, without stops and restarts
     energy       = GPUs * board power * rest of the server * PUE * time
 
@@ -179,14 +179,15 @@ def cost(model: ModelConfig, cluster: Cluster, best: Candidate) -> Cost:
 
 
 def layouts(model: ModelConfig, cluster: Cluster) -> Iterator[Layout]:
-    """Every arrangement of the cluster's GPUs that the model allows; experts go with neither pp nor tp."""
+    """Every arrangement of the cluster's GPUs that the model allows."""
     node = cluster.accelerator.gpus_per_node
-    for pp in _divisors(cluster.gpus, 1 if model.num_experts else MOST_PARTS):
-        for tp in _divisors(cluster.gpus // pp, 1 if model.num_experts else node):
+    for pp in _divisors(cluster.gpus, MOST_PARTS):
+        for tp in _divisors(cluster.gpus // pp, node):
             within = cluster.gpus // pp // tp
             for cp in _divisors(within, MOST_CONTEXT_RANKS):
                 for shard in _divisors(within // cp, within):
-                    for ep in _divisors(math.gcd(shard * cp, model.num_experts or 1), model.num_experts or 1):
+                    among = math.gcd(shard * cp * tp, model.num_experts or 1)
+                    for ep in _divisors(among, model.num_experts or 1):
                         replicas = within // cp // shard
                         micro = cluster.rows // (replicas * shard) if pp > 1 else 1
                         if micro < 1:
@@ -228,9 +229,10 @@ def _forms(model: ModelConfig, cluster: Cluster) -> Iterator[tuple[Layout, Step]
 
 
 def _with(layout: Layout, micro_batches: int, accumulate: int, recompute: str) -> Layout:
-    sizes = dict(zip(("dp_replicate", "dp_shard", "cp", "tp", "ep", "pp"), _sizes(layout), strict=True))
-    rest: dict[str, Any] = {"micro_batches": micro_batches, "accumulate": accumulate, "recompute": recompute}
-    return Layout(**sizes, **rest)
+    names = ("dp_replicate", "dp_shard", "cp", "tp", "ep", "pp")
+    values: dict[str, Any] = dict(zip(names, _sizes(layout), strict=True))
+    values |= {"micro_batches": micro_batches, "accumulate": accumulate, "recompute": recompute}
+    return Layout(**values)
 
 
 def _replayable(layout: Layout, model: ModelConfig, recompute: str) -> bool:
@@ -255,7 +257,8 @@ def _timed(model: ModelConfig, cluster: Cluster, layout: Layout, step: Step, nee
     """By the slowest part of the depth: the first has most layers, the last the output projection."""
     gpu = cluster.accelerator
     deepest = math.ceil(model.num_layers / layout.pp) * layout.pp / model.num_layers
-    counted = 1 / 3 if model.num_experts and step.exact_balance and step.accumulate > 1 else 0.0
+    several = layout.pp > 1 or (step.exact_balance and step.accumulate > 1)
+    counted = 1 / 3 if model.num_experts and several else 0.0
     operations = (
         flops_per_token(model, step.context) * step.tokens(layout) / (layout.tp * layout.pp) * deepest
     )
@@ -270,7 +273,7 @@ def _timed(model: ModelConfig, cluster: Cluster, layout: Layout, step: Step, nee
         if shown > exposed:
             slowest, exposed = moved, shown
     times = layout.micro_batches if layout.pp > 1 else step.accumulate
-    waiting = layout.pp - 1
+    waiting = (layout.pp - 1) / layout.virtual
     return Candidate(
         layout=layout,
         step=step,

@@ -5,14 +5,17 @@ A stage goes on from the model of the one before it, with its own mixture, conte
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace as replace_in
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 
 from pensar.base.config import Config
 from pensar.base.errors import ConfigError
+from pensar.base.files import write_atomic
+from pensar.base.metrics import Recording
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
 from pensar.base.stage import Counts, Runtime
@@ -20,17 +23,20 @@ from pensar.data.order import PretrainData
 from pensar.model import sizes
 from pensar.model.config import ModelConfig, replace
 from pensar.model.count import parameters
+from pensar.model.lora import LoraConfig
 from pensar.model.qwen3 import Qwen3, initialize
 from pensar.model.weights import load_model, opened_weights, read_config
 from pensar.text.packing import Batch
 from pensar.text.tokenizer import Tokenizer
 from pensar.train.arithmetic import Precision
 from pensar.train.average import AverageConfig
+from pensar.train.groups import Groups
 from pensar.train.guard import Guard, GuardConfig
 from pensar.train.layout import parse_layout
 from pensar.train.loop import LoopConfig, Place, finish, fit
 from pensar.train.loss import LossConfig
 from pensar.train.optimizer import OptimizerConfig
+from pensar.train.prediction import predicted_batch, predicted_rates, read_prediction
 from pensar.train.recompute import Recompute
 from pensar.train.schedule import ScheduleConfig
 
@@ -38,6 +44,8 @@ if TYPE_CHECKING:
     from pensar.train.parallel.mesh import Mesh
 
 
+HYPERPARAMETERS = "hyperparameters.json"
+"""What a stage with predicted values writes: those it was trained with."""
 OF_ANY_SIZE = ("size", "previous_token_heads")
 """What a size of the table leaves open."""
 
@@ -104,6 +112,21 @@ class PretrainConfig(Config, frozen=True, kw_only=True):
     recompute: Recompute = "none"
     precision: Precision = "auto"
     compile: bool = False
+    deterministic: bool = False
+    losses_every: int = 0
+    observe_every: int = 0
+    lora: LoraConfig | None = None
+    """Only for a stage that goes on from a model: LoRA leaves the weights that it begins with as they are."""
+    predicted: tuple[Literal["lr", "batch"], ...] = ()
+    """What the laws of the stage's `scaling` input say in place of the values here: both learning rates of `optimizer`,
+    and `batch_tokens`. For a stage that begins a model anew, as the runs of a sweep do."""
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and self.shape is not None:
+            raise ConfigError(
+                "lora beside a shape: the random weights of a new model would stay as they are; leave lora out here, "
+                "and set it where a stage goes on from a model"
+            )
 
     def loop(self) -> LoopConfig:
         """The loop's part, with the number of steps that `tokens` makes."""
@@ -119,13 +142,24 @@ class PretrainConfig(Config, frozen=True, kw_only=True):
             recompute=self.recompute,
             precision=self.precision,
             compile=self.compile,
+            deterministic=self.deterministic,
+            losses_every=self.losses_every,
+            observe_every=self.observe_every,
+            lora=self.lora,
         )
 
 
 def run(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> Counts:
     """Reads `shards`, `tokenizer` and, unless a shape begins anew, `model`."""
     return runtime.crew.call(
-        _on_rank, config, dict(inputs), out, runtime.logs, runtime.progress, runtime.layout
+        _on_rank,
+        config,
+        dict(inputs),
+        out,
+        runtime.logs,
+        runtime.progress,
+        runtime.layout,
+        runtime.recording,
     )
 
 
@@ -137,18 +171,20 @@ def _on_rank(
     logs: Path,
     progress: Progress,
     layout: str,
+    recording: Recording,
 ) -> Counts:
     if not layout:
-        return _train(config, inputs, Place(out, logs, world, progress))
+        return _train(config, inputs, Place(out, logs, world, progress, recording=recording))
     from pensar.train.parallel.run import opened_mesh
 
     with opened_mesh(world, parse_layout(layout)) as mesh:
-        return _train(config, inputs, Place(out, logs, world, progress, mesh))
+        return _train(config, inputs, Place(out, logs, world, progress, mesh, recording))
 
 
 def _train(config: PretrainConfig, inputs: dict[str, Path], place: Place) -> Counts:
     tokenizer = Tokenizer.load(inputs["tokenizer"])
     shape = _shape(config, inputs, tokenizer)
+    config = _with_predictions(config, inputs, shape, place)
     rows, loop, accumulate = max(1, config.batch_tokens // config.context), config.loop(), 1
     if place.mesh is None:
         model = _start(config, inputs, shape)
@@ -160,15 +196,23 @@ def _train(config: PretrainConfig, inputs: dict[str, Path], place: Place) -> Cou
         place.mesh.layout.check_recompute(shape, loop.recompute)
         accumulate = place.mesh.layout.accumulate
     data = PretrainData(inputs["shards"], mixture=config.mixture, context=config.context, seed=config.seed)
-    batches_of = in_parts(row_batches(data, config), accumulate)
-    fit(model, batches_of, loop, place, name=f"pre-training, {config.mixture}")
+    groups = Groups(data.shards.docs)
+    batches_of = in_parts(row_batches(data, config, groups), accumulate)
+    name = f"pre-training, {config.mixture}"
+    fit(model, batches_of, loop, place, name=name, groups=groups, seed=config.seed)
     finish(model, tokenizer, place)
     num_tokens = loop.steps * rows * config.context
-    return {"steps": loop.steps, "tokens": num_tokens, "parameters": parameters(shape).total}
+    counts: Counts = {"steps": loop.steps, "tokens": num_tokens, "parameters": parameters(shape).total}
+    return counts | (_chosen(config) if config.predicted else {})
 
 
-def row_batches(data: PretrainData, config: PretrainConfig) -> Callable[[int], list[Batch]]:
-    """Step -> its batch of packed rows; row i of the global order is a pure function of (seed, mixture, i)."""
+def row_batches(
+    data: PretrainData, config: PretrainConfig, groups: Groups | None = None
+) -> Callable[[int], list[Batch]]:
+    """Step -> its batch of packed rows; row i of the global order is a pure function of (seed, mixture, i).
+
+    With `groups` the batches say which of them each token's document belongs to.
+    """
     rows = max(1, config.batch_tokens // config.context)
 
     def batches_of(step: int) -> list[Batch]:
@@ -180,7 +224,12 @@ def row_batches(data: PretrainData, config: PretrainConfig) -> Callable[[int], l
         columns = np.arange(tokens.shape[1])[None, :]
         positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
         ce = ((segments != 0) & ~starts).astype(np.float32)
-        return [Batch(tokens=tokens, positions=positions.astype(np.int32), segments=segments, ce=ce)]
+        batch = Batch(tokens=tokens, positions=positions.astype(np.int32), segments=segments, ce=ce)
+        if groups is None:
+            return [batch]
+        documents = [row.documents for row in pairs if row.documents is not None]
+        chosen = groups.of_document[np.stack(documents)]
+        return [replace_in(batch, groups=chosen, num_groups=len(groups))]
 
     return batches_of
 
@@ -206,6 +255,9 @@ class Shown(NamedTuple):
 
 def documents_of_step(config: PretrainConfig, shards: Path, artifact: Path, step: int) -> list[Shown]:
     """What step `step` of a finished stage learned from, row by row; ConfigError for a step that it did not take."""
+    if "batch" in config.predicted:
+        chosen = msgspec.json.decode((artifact / HYPERPARAMETERS).read_bytes())
+        config = msgspec.structs.replace(config, batch_tokens=chosen["batch_tokens"])
     steps = config.loop().steps
     if not 0 <= step < steps:
         raise ConfigError(f"step {step} is not one of the stage's {steps:,}; they are numbered from 0")
@@ -233,6 +285,36 @@ def _shape(config: PretrainConfig, inputs: dict[str, Path], tokenizer: Tokenizer
     return replace(read_config(inputs["model"]), **changes)
 
 
+def _with_predictions(
+    config: PretrainConfig, inputs: dict[str, Path], shape: ModelConfig, place: Place
+) -> PretrainConfig:
+    """With the values that the sweep's laws give for this size and its tokens, which rank 0 writes down."""
+    if not config.predicted:
+        return config
+    if config.shape is None or "scaling" not in inputs:
+        raise ConfigError(
+            f"predicted is {list(config.predicted)}, which takes a `shape` to begin with and a `scaling` input; "
+            "give this stage its learning rates and batch instead"
+        )
+    prediction, size = read_prediction(inputs["scaling"]), parameters(shape).active_non_embedding
+    changes: dict[str, Any] = {}
+    if "lr" in config.predicted:
+        changes["optimizer"] = predicted_rates(prediction, config.optimizer, size, config.tokens)
+    if "batch" in config.predicted:
+        changes["batch_tokens"] = predicted_batch(prediction, config.context, size, config.tokens)
+    config = msgspec.structs.replace(config, **changes)
+    if place.world.rank == 0:
+        content = msgspec.json.format(msgspec.json.encode(_chosen(config)))
+        write_atomic(place.out / HYPERPARAMETERS, content + b"\n")
+    return config
+
+
+def _chosen(config: PretrainConfig) -> dict[str, float]:
+    """The values that a prediction may have set."""
+    rates = {"lr": config.optimizer.lr} if config.optimizer.muon else {}
+    return rates | {"adamw_lr": config.optimizer.adamw_lr, "batch_tokens": config.batch_tokens}
+
+
 def _start(config: PretrainConfig, inputs: dict[str, Path], shape: ModelConfig) -> Qwen3:
     """The model at the stage's first step."""
     model = Qwen3(shape)
@@ -250,8 +332,8 @@ def _spread(config: PretrainConfig, inputs: dict[str, Path], shape: ModelConfig,
 
     if config.shape is None:
         with opened_weights(inputs["model"]) as read:
-            return spread_model(shape, mesh, read)
+            return spread_model(shape, mesh, read, config.precision)
     if config.shape.previous_token_heads:
         whole = _start(config, inputs, shape)
-        return spread_model(shape, mesh, from_tensors(whole.state_dict()))
-    return spread_model(shape, mesh, from_seed(shape, config.seed))
+        return spread_model(shape, mesh, from_tensors(whole.state_dict()), config.precision)
+    return spread_model(shape, mesh, from_seed(shape, config.seed), config.precision)

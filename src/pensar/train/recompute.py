@@ -45,13 +45,16 @@ def recomputed(model: Qwen3, mode: Recompute) -> Iterator[None]:
     counts it counts it once.
     """
     blocks = [] if mode == "none" else list(model.model.layers)
+    before = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         vars(block)["forward"] = partial(_forward, block, block.forward, mode)
     try:
         yield
     finally:
-        for block in blocks:
-            del vars(block)["forward"]
+        for block, forward in zip(blocks, before, strict=True):
+            vars(block)["forward"] = forward
+            if forward is None:
+                del vars(block)["forward"]
 
 
 def _forward(block: nn.Module, forward: Callable[..., Tensor], mode: Recompute, *arguments: Any) -> Tensor:

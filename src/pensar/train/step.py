@@ -1,6 +1,7 @@
 """One optimiser step over all ranks: share the rows, sum the gradients, refuse what is bad, update."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,6 +73,26 @@ class Spread(Protocol):
         ...
 
 
+class Witness(Protocol):
+    """Who looks on while a step is taken, on every rank; nothing that it does changes the step."""
+
+    def looking(self, model: Qwen3, spread: Spread) -> AbstractContextManager[None]:
+        """Around forward and backward."""
+        ...
+
+    def inputs(self, inputs: Inputs, segments: Tensor) -> Inputs:
+        """What a micro-batch's forward pass takes; `segments` are those of its whole rows."""
+        ...
+
+    def gradients(self, model: Qwen3) -> None:
+        """Those of the whole step are there, not yet clipped."""
+        ...
+
+    def updated(self, model: Qwen3, totals: Totals) -> None:
+        """The step was taken; `totals` are those of all ranks."""
+        ...
+
+
 @dataclass(frozen=True)
 class Work:
     """What the losses of a step's micro-batches have in common."""
@@ -80,6 +101,9 @@ class Work:
     loss: LossConfig
     teacher: Qwen3 | None
     balance: Balance | None
+    witness: Witness | None = None
+    num_groups: int = 0
+    """Groups of tokens whose loss is summed apart."""
 
 
 class Replicated:
@@ -117,13 +141,14 @@ def train_step(
     *,
     judge: Judge = refuse_not_finite,
     use: ExpertUse | None = None,
+    witness: Witness | None = None,
 ) -> dict[str, float]:
     """Updates the model by the micro-batches of one step, the same list on every rank; returns its metrics.
 
     Each rank computes its rows of every micro-batch. Each loss term is normalised by its weight over the whole
     step, so the update does not depend on how rows are spread over ranks and micro-batches, up to rounding.
     Raises BadStep on every rank, with the parameters as they were, when `judge` refuses the step. `use` is told the
-    experts' assignments of a step that was taken.
+    experts' assignments of a step that was taken; `witness` sees it from within.
     """
     spread = Replicated(ranks) if isinstance(ranks, World) else ranks
     mine = [spread.share(batch) for batch in batches]
@@ -131,8 +156,13 @@ def train_step(
     balance = None
     if model.config.num_experts and model.training:
         balance = spread.balance(model, sum(batch.num_tokens for batch in batches), mine, loss_config)
-    sums = spread.backward(model, mine, Work(normalisers, loss_config, teacher, balance))
+    num_groups = max((batch.num_groups for batch in batches), default=0)
+    work = Work(normalisers, loss_config, teacher, balance, witness, num_groups)
+    with witness.looking(model, spread) if witness else nullcontext():
+        sums = spread.backward(model, mine, work)
     spread.reduce_gradients(optimizer)
+    if witness:
+        witness.gradients(model)
     spread.tokens.all_reduce_(sums)
     totals = Totals.of(sums)
     metrics = _means(totals) | (balance.metrics() if balance else {})
@@ -145,16 +175,20 @@ def train_step(
     optimizer.update(scale, spread.data)
     if use is not None and balance is not None:
         use.add(balance.counts_LE)
+    if witness:
+        witness.updated(model, totals)
     metrics["tokens"] = float(totals.tokens)
     return metrics
 
 
 def one_by_one(spread: Spread, model: Qwen3, batches: Sequence[Batch | None], work: Work) -> Tensor:
     """Each micro-batch forward and backward before the next; returns their `Totals` as a tensor."""
-    sums = Totals().tensor()
+    sums = Totals.zeros(work.num_groups)
     for batch in batches:
         if batch is not None:
             inputs = spread.inputs(batch)
+            if work.witness:
+                inputs = work.witness.inputs(inputs, torch.from_numpy(batch.segments))
             loss, totals = batch_loss(
                 model, batch, work.normalisers, work.loss, work.teacher, work.balance, inputs
             )

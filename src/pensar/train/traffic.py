@@ -61,7 +61,7 @@ def traffic(
     part = share(model, layout, stage)
     found = [
         *_weights(layout, step, gpu, part),
-        *_tokens(model, layout, step, gpu, part),
+        *_tokens(model, layout, step, gpu, part, stage),
         *_update(model, layout, step, gpu, part),
     ]
     return [one for one in found if one.num_bytes]
@@ -74,43 +74,52 @@ def _weights(layout: Layout, step: Step, gpu: Accelerator, part: Share) -> Itera
     among = Group.of(shards, layout.tp, node)
     of_experts = Group.of(shards * layout.tp // layout.ep, layout.ep, node)
     replicas = Group.of(layout.dp_replicate, shards * layout.tp, node)
-    passes = 2 + _counting(step, part.experts)
-    gathered = [(among, c * (passes * dense + part.ends)), (of_experts, c * passes * experts)]
-    scattered = [(among, STORED * (dense + part.ends)), (of_experts, STORED * experts)]
+    counting = _counting(layout, step, part.experts)
+    passes, a_step, both_ends = 2.0 + counting, 1.0, 1.0
+    if layout.pp > 1:
+        # Backward passes leave blocks gathered for the next micro-batch; gradients are summed after the last one.
+        a_step = 1 / layout.micro_batches
+        passes, both_ends = 1 + a_step + counting, (1 + counting) * a_step
+    gathered = [(among, c * (passes * dense + both_ends * part.ends)), (of_experts, c * passes * experts)]
+    scattered = [(among, STORED * a_step * (dense + part.ends)), (of_experts, STORED * a_step * experts)]
     for name, moved in (("all-gather of weights", gathered), ("reduce-scatter of gradients", scattered)):
         real = [(group, num_bytes) for group, num_bytes in moved if group.size > 1 and num_bytes]
         seconds = sum(group.ring(num_bytes, gpu) for group, num_bytes in real)
         yield Traffic(name, "weights", sum(num_bytes for _, num_bytes in real), seconds)
     if layout.dp_replicate > 1:
-        own = STORED * ((dense + part.ends) / shards + experts / of_experts.size)
+        own = STORED * a_step * ((dense + part.ends) / shards + experts / of_experts.size)
         yield Traffic("all-reduce over replicas", "weights", own, 2 * replicas.ring(own, gpu))
 
 
 def _tokens(
-    model: ModelConfig, layout: Layout, step: Step, gpu: Accelerator, part: Share
+    model: ModelConfig, layout: Layout, step: Step, gpu: Accelerator, part: Share, stage: int
 ) -> Iterator[Traffic]:
+    """What moves with the tokens, and must be there before computing goes on."""
     c, D, t, node = step.compute_bytes, model.hidden_size, step.tokens(layout), gpu.gpus_per_node
-    again = layout.recompute == "full"
+    again, counting = layout.recompute == "full", _counting(layout, step, part.experts)
     if layout.ep > 1:
         # To the experts and back, each way in forward and in backward; whole blocks go through the first two twice.
-        times = 4 + 2 * again + 2 * _counting(step, part.experts)
-        sent = part.layers * times * c * t * model.experts_per_token * D
+        times = 4 + 2 * again + 2 * counting
+        sent = part.layers * times * c * t / layout.tp * model.experts_per_token * D
         yield Traffic(
             "all-to-all of tokens", "tokens", sent, Group.of(layout.ep, 1, node).exchange(sent, gpu)
         )
     if layout.cp > 1:
         row = 2 * c * model.num_kv_heads / layout.tp * model.head_dim * t * layout.cp
-        moved = part.layers * row * (2 if layout.recompute == "none" else 3)
+        moved = part.layers * row * (2 + (layout.recompute != "none") + counting)
         group = Group.of(layout.cp, layout.tp, node)
         yield Traffic("all-gather of keys and values", "tokens", moved, group.ring(moved, gpu))
     if layout.tp > 1:
-        # Into and out of both halves of a block, and the same for the gradients.
-        moved = part.layers * c * t * D * (8 + 2 * again + 2 * (layout.recompute != "none"))
+        # Into and out of both halves of a block, of a sparse one the first alone, and the same for the gradients.
+        # What is computed again need not leave the block.
+        times = 4 + 2 * again + 2 * counting if part.experts else 8 + again + 2 * (layout.recompute != "none")
+        moved = part.layers * c * t * D * times
         moved += 2 * c * t * (model.vocab_size if part.head else D)
         group = Group.of(layout.tp, 1, node)
         yield Traffic("gathers and scatters of the stream", "tokens", moved, group.ring(moved, gpu))
     if layout.pp > 1:
-        moved = 2.0 * c * t * D
+        neighbours = (stage > 0) + (stage < layout.pp - 1)
+        moved = (2.0 + counting) * neighbours * c * t / layout.tp * D
         group = Group.of(layout.pp, layout.ranks // layout.pp, node)
         yield Traffic("stream between parts of the depth", "tokens", moved, group.exchange(moved * 2, gpu))
 
@@ -118,17 +127,18 @@ def _tokens(
 def _update(
     model: ModelConfig, layout: Layout, step: Step, gpu: Accelerator, part: Share
 ) -> Iterator[Traffic]:
-    """Muon gathers every matrix that is cut on the ranks that share it, and sends the update back."""
+    """Every rank sends its parts of the matrices that are cut to their owners, and gets the updates back."""
     ranks = layout.ranks // layout.pp
     if not step.muon or ranks == 1:
         return
     matrices = part.layers * (part.block * layout.tp + part.experts * layout.ep)
     if whole_experts(model, layout):
         matrices -= part.layers * part.experts * layout.ep
-    moved = 2.0 * STORED * matrices
-    yield Traffic("matrices for Muon", "step", moved, Group.of(ranks, 1, gpu.gpus_per_node).ring(moved, gpu))
+    moved = 2.0 * STORED * matrices / ranks
+    group = Group.of(ranks, 1, gpu.gpus_per_node)
+    yield Traffic("matrices for Muon", "step", moved, group.exchange(moved, gpu))
 
 
-def _counting(step: Step, experts: int) -> int:
-    """Passes for the experts' shares before the others: one or none."""
-    return int(experts > 0 and step.exact_balance and step.accumulate > 1)
+def _counting(layout: Layout, step: Step, experts: int) -> int:
+    """Passes for the experts' shares before the others: one or none; pipelines always count."""
+    return int(experts > 0 and (layout.pp > 1 or (step.exact_balance and step.accumulate > 1)))

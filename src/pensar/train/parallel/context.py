@@ -47,6 +47,7 @@ class GatheredContext:
         keys_BT, queries_Bt = segments_BT[:, order_T], segments_BT[:, mine_t]
         past_tT = order_T[None, :] <= mine_t[:, None]
         self.mask_B1tT = (queries_Bt[:, None, :, None] == keys_BT[:, None, None, :]) & past_tT
+        self._bias_B1tT: Tensor | None = None
 
     def __call__(self, layer: int, q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor) -> Tensor:
         keys_BTKh, values_BTKh = (_gathered(x, self._group) for x in (k_BTKh, v_BTKh))
@@ -54,10 +55,17 @@ class GatheredContext:
             q_BTHh.transpose(1, 2),
             keys_BTKh.transpose(1, 2),
             values_BTKh.transpose(1, 2),
-            attn_mask=self.mask_B1tT,
+            attn_mask=self._bias(q_BTHh.dtype),
             enable_gqa=q_BTHh.shape[2] != k_BTKh.shape[2],
         )
         return out_BHTh.transpose(1, 2)
+
+    def _bias(self, dtype: torch.dtype) -> Tensor:
+        """The mask as what is added to scores: of a mask, every layer would make and keep its own."""
+        if self._bias_B1tT is None or self._bias_B1tT.dtype != dtype:
+            seen = torch.zeros((), dtype=dtype, device=self.mask_B1tT.device)
+            self._bias_B1tT = torch.where(self.mask_B1tT, seen, float("-inf"))
+        return self._bias_B1tT
 
 
 def attend_over(segments_BT: Tensor, context: World) -> Attend:

@@ -1,23 +1,23 @@
 """ShardedOptimizer: Muon and AdamW over the parts of a spread model; every rank updates the part that it holds.
 
 AdamW and Muon's momentum work element by element, so they need no exchange. Muon's orthogonalisation needs whole
-matrices: each matrix is gathered to one owner, orthogonalised there once, and sent back.
+matrices: each has an owner among the ranks that share it (`owners`).
 """
 
 import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from pensar.base.ranks import World
 from pensar.model.qwen3 import Qwen3
 from pensar.train.optimizer import OptimizerConfig, is_block_matrix, orthogonalize
 from pensar.train.parallel.mesh import Mesh
-from pensar.train.parallel.parts import copies_of, like, local_of, whole_of, window_of
+from pensar.train.parallel.owners import Owners
+from pensar.train.parallel.parts import copies_of, like, local_of
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -33,6 +33,9 @@ class ShardedOptimizer:
             name for name, p in self.named.items() if config.muon and p.dim() >= 2 and is_block_matrix(name)
         ]
         self.rest = [name for name in self.named if name not in set(self.muon)]
+        self._alone = [name for name in self.muon if _whole_matrices(self.named[name])]
+        shared: dict[str, Any] = {name: self.named[name] for name in self.muon if name not in self._alone}
+        self._owners = Owners(shared, mesh.stage, mesh.device)
         self.momentum = {name: self._zeros(name) for name in self.muon}
         self.first = {name: self._zeros(name) for name in self.rest}
         self.second = {name: self._zeros(name) for name in self.rest}
@@ -61,15 +64,15 @@ class ShardedOptimizer:
 
     def gradient_norm(self) -> float:
         """Of all parameters of all ranks, each value once."""
-        squares = torch.zeros((), dtype=torch.float64)
+        squares = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         ranks = self._mesh.stage.size
         for name, parameter in self.named.items():
             # A tied embedding is at both ends of a pipeline and counts at the first.
             twice = name == EMBEDDING and self._mesh.depth.rank > 0
             if parameter.grad is not None and not twice:
                 local = local_of(parameter.grad)
-                squares += local.float().pow(2).sum().double().cpu() / copies_of(parameter, ranks)
-        return math.sqrt(float(self._mesh.world.all_reduce_(squares)))
+                squares += local.float().pow(2).sum().double() / copies_of(parameter, ranks)
+        return math.sqrt(float(self._mesh.world.all_reduce_(squares.cpu())))  # one wait for the device
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, spread like the parameter that it belongs to."""
@@ -111,40 +114,25 @@ class ShardedOptimizer:
             )
 
     def _muon(self, lr: float) -> None:
-        owned: dict[str, Tensor] = {}
-        spread: list[str] = []
         for name in self.muon:
-            gradient = self._gradient(name)
-            momentum = self.momentum[name].mul_(self.config.momentum).add_(gradient)
-            nesterov = gradient.add(momentum, alpha=self.config.momentum)
-            if _whole_matrices(self.named[name]):
-                self._apply(name, orthogonalize(nesterov), lr)
-                continue
-            whole = whole_of(like(self.named[name], nesterov))
-            if len(spread) % self._mesh.stage.size == self._mesh.stage.rank:
-                owned[name] = whole
-            spread.append(name)
-        owned = {name: orthogonalize(whole) for name, whole in owned.items()}
-        group = self._mesh.stage.group
-        for index, name in enumerate(spread):
-            parameter = self.named[name]
-            update = owned.get(name)
-            if update is None:
-                update = torch.empty(parameter.shape, device=self._mesh.device)
-            owner = index % self._mesh.stage.size
-            dist.broadcast(update.contiguous(), dist.get_global_rank(group, owner), group=group)
-            self._apply(name, update[window_of(parameter)], lr)
+            self.momentum[name].mul_(self.config.momentum).add_(self._gradient(name))
+        for name in self._alone:
+            self._apply(name, local_of(self.named[name]), orthogonalize(self._nesterov(name)), lr)
+        for matrix, update in self._owners.work(self._nesterov, orthogonalize):
+            piece = self._owners.piece_of(matrix, local_of(self.named[matrix.name]))
+            self._apply(matrix.name, piece, update, lr)
 
-    def _apply(self, name: str, update: Tensor, lr: float) -> None:
-        parameter = self.named[name]
-        scale = lr * 0.2 * math.sqrt(max(parameter.shape[-2:]))
-        local_of(parameter).detach().mul_(1 - lr * self.config.weight_decay).add_(update, alpha=-scale)
+    def _nesterov(self, name: str) -> Tensor:
+        return self._gradient(name).add(self.momentum[name], alpha=self.config.momentum)
+
+    def _apply(self, name: str, weights: Tensor, update: Tensor, lr: float) -> None:
+        scale = lr * 0.2 * math.sqrt(max(self.named[name].shape[-2:]))
+        weights.detach().mul_(1 - lr * self.config.weight_decay).add_(update, alpha=-scale)
 
 
 def _whole_matrices(parameter: Any) -> bool:
     """Whether this rank's part of a stack of matrices is a stack of whole ones."""
     if parameter.dim() < 3 or not isinstance(parameter, DTensor):
         return not isinstance(parameter, DTensor)
-    return all(
-        isinstance(p, Replicate) or (isinstance(p, Shard) and p.dim == 0) for p in parameter.placements
-    )
+    # torch has two classes for parts along a dimension, and one for what is not cut
+    return all(getattr(placement, "dim", 0) == 0 for placement in parameter.placements)

@@ -1,8 +1,13 @@
 """Parts: what one rank holds of a tensor that is spread over many."""
 
+import itertools
+
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor._utils import (
+    _compute_local_shape_and_global_offset,
+    compute_local_shape_and_global_offset,
+)
 
 Window = tuple[slice, ...]
 """The part of a whole tensor that one rank holds."""
@@ -35,6 +40,20 @@ def window_of(parameter: Tensor) -> Window:
         parameter.shape, parameter.device_mesh, parameter.placements
     )
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def windows_of(parameter: Tensor) -> dict[int, Window]:
+    """The same for every rank that shares the parameter, by its number among all ranks."""
+    assert isinstance(parameter, DTensor)
+    mesh, found = parameter.device_mesh, {}
+    coordinates = itertools.product(*(range(size) for size in mesh.shape))
+    for coordinate, number in zip(coordinates, mesh.mesh.flatten().tolist(), strict=True):
+        shape, offset = _compute_local_shape_and_global_offset(
+            parameter.shape, mesh.shape, list(coordinate), parameter.placements
+        )
+        window = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+        found[number] = window
+    return found
 
 
 def whole_of(parameter: Tensor) -> Tensor:

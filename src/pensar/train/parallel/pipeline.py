@@ -1,6 +1,7 @@
 """Pipeline parallelism: every rank of a group holds some of the layers, and micro-batches flow through all of them.
 
-The schedule is one forward, one backward (1F1B, arXiv 2104.04473, section 2.2.1) of torch's own pipelining.
+The schedules are torch's own: one forward, one backward (1F1B, arXiv 2104.04473, section 2.2.1), and its interleaved
+form (section 2.2.2) where ranks hold several parts of the depth.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,44 +10,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleLoopedBFS,
+)
 
 from pensar.base.ranks import World
 from pensar.model.config import ModelConfig
-from pensar.model.moe import Routing, balance_loss, expert_counts, routings
+from pensar.model.moe import Routing, balance_loss, expert_counts, take_routings
 from pensar.model.qwen3 import Qwen3
 from pensar.text.packing import Batch
 from pensar.train.balance import Balance
 from pensar.train.loss import Totals, states_loss
 from pensar.train.parallel.context import attend_over, routed_of
+from pensar.train.parallel.depth import Part, parts_of
 from pensar.train.parallel.mesh import Mesh
 from pensar.train.parallel.parts import local_of
 from pensar.train.step import Spread, Work
 
-
-def cut_depth(model: Qwen3, mesh: Mesh) -> None:
-    """Leaves this rank's layers in the model, under their names; the embedding at the start, norm and head at the end.
-
-    A tied embedding is at both ends.
-    """
-    depth, layers = mesh.depth, model.model.layers
-    first, stop = layers_of(depth.rank, depth.size, model.config.num_layers)
-    for index in range(model.config.num_layers):
-        if not first <= index < stop:
-            del layers._modules[str(index)]  # noqa: SLF001 - `del layers[index]` would rename the others
-    last = depth.rank == depth.size - 1
-    if depth.rank and not (last and model.config.tied):
-        model.model.embed_tokens = None  # type: ignore[assignment]
-    if not last:
-        model.model.norm = None  # type: ignore[assignment]
-        model.lm_head = None
-
-
-def layers_of(rank: int, size: int, num_layers: int) -> tuple[int, int]:
-    """First layer of a rank and the one after its last: equal shares, the earlier ranks one more where they differ."""
-    share, more = divmod(num_layers, size)
-    first = rank * share + min(rank, more)
-    return first, first + share + (rank < more)
+Schedule = Schedule1F1B | ScheduleGPipe | ScheduleInterleaved1F1B | ScheduleLoopedBFS
+Shape = tuple[int, int]
 
 
 class Pipeline:
@@ -55,8 +41,8 @@ class Pipeline:
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self._ends = mesh.ends
-        self._schedules: dict[tuple[int, int], Schedule1F1B] = {}
-        self._counters: dict[tuple[int, int], ScheduleGPipe] = {}
+        self._schedules: dict[Shape, Schedule] = {}
+        self._counters: dict[Shape, Schedule] = {}
         self._losses: _Losses | None = None
         self._routers: _Routers | None = None
 
@@ -70,18 +56,15 @@ class Pipeline:
                 assert batch is not None
                 self._flow(self._counter, spread, model, batch)
                 routers.take(self._mesh.layout.micro_batches)
-        mesh = self._mesh
-        counts_LE = mesh.stage.all_reduce_(routers.counts_LE)
-        every_LE = torch.cat([part.to(mesh.device) for part in mesh.depth.gather(counts_LE.cpu())])
-        first, _ = layers_of(mesh.depth.rank, mesh.depth.size, model.config.num_layers)
-        return _StageBalance(model.config, num_tokens, mesh.stage, every_LE, first)
+        counts_LE = self._mesh.depth.all_reduce_(self._mesh.stage.all_reduce_(routers.counts_LE))
+        return _PartBalance(model.config, num_tokens, self._mesh.stage, counts_LE)
 
     def backward(self, spread: Spread, model: Qwen3, batches: Sequence[Batch | None], work: Work) -> Tensor:
         """All micro-batches through the pipeline; every rank of it is given the same rows.
 
         Only the last rank knows the loss; the `Totals` of the others have their layers' part of the routers' losses.
         """
-        sums = Totals().tensor()
+        sums = Totals.zeros(work.num_groups)
         self._routers = _Routers(model, self._mesh, work) if work.balance is not None else None
         for batch in batches:
             assert batch is not None
@@ -89,13 +72,14 @@ class Pipeline:
             self._flow(self._schedule, spread, model, batch)
             sums += losses.sums
             if self._routers is not None:
-                sums += self._routers.take(self._mesh.layout.micro_batches)
+                routed = self._routers.take(self._mesh.layout.micro_batches)
+                sums[: len(routed)] += routed
         self._sum_ends(model)
         return sums
 
     def _flow(
         self,
-        schedule_of: Callable[[Qwen3, tuple[int, int]], Schedule1F1B | ScheduleGPipe],
+        schedule_of: Callable[[Qwen3, Shape], Schedule],
         spread: Spread,
         model: Qwen3,
         batch: Batch,
@@ -120,38 +104,48 @@ class Pipeline:
             assert gradient is not None
             self._ends.all_reduce_(local_of(gradient))
 
-    def _schedule(self, model: Qwen3, shape: tuple[int, int]) -> Schedule1F1B:
+    def _schedule(self, model: Qwen3, shape: Shape) -> Schedule:
         if shape not in self._schedules:
-            count = self._mesh.layout.micro_batches
-            stage = self._stage(model)
-            self._schedules[shape] = Schedule1F1B(stage, count, loss_fn=self._loss, scale_grads=False)
+            stages, count = self._stages(model), self._mesh.layout.micro_batches
+            self._schedules[shape] = (
+                Schedule1F1B(stages[0], count, loss_fn=self._loss, scale_grads=False)
+                if len(stages) == 1
+                else ScheduleInterleaved1F1B(stages, count, loss_fn=self._loss, scale_grads=False)
+            )
         return self._schedules[shape]
 
-    def _counter(self, model: Qwen3, shape: tuple[int, int]) -> ScheduleGPipe:
+    def _counter(self, model: Qwen3, shape: Shape) -> Schedule:
         if shape not in self._counters:
-            self._counters[shape] = ScheduleGPipe(self._stage(model), self._mesh.layout.micro_batches)
+            stages, count = self._stages(model), self._mesh.layout.micro_batches
+            self._counters[shape] = (
+                ScheduleGPipe(stages[0], count) if len(stages) == 1 else ScheduleLoopedBFS(stages, count)
+            )
         return self._counters[shape]
 
-    def _stage(self, model: Qwen3) -> PipelineStage:
-        model.forward = partial(self._forward, model)  # type: ignore[method-assign]
-        depth = self._mesh.depth
-        return PipelineStage(model, depth.rank, depth.size, self._mesh.device, group=depth.group)
+    def _stages(self, model: Qwen3) -> list[Any]:
+        """This rank's parts of the depth as torch's schedules take them."""
+        stages, group = [], self._mesh.depth.group
+        for part in parts_of(model):
+            part.forward = partial(self._forward, model, part)
+            stages.append(PipelineStage(part, part.number, part.count, self._mesh.device, group=group))
+        return stages
 
-    def _forward(self, model: Qwen3, stream: Tensor, *, positions: Tensor, segments: Tensor) -> Tensor:
-        """The part of `Qwen3.forward` whose layers are here: token ids or the stream in, the stream or states out.
+    def _forward(
+        self, model: Qwen3, part: Part, stream: Tensor, *, positions: Tensor, segments: Tensor
+    ) -> Tensor:
+        """One part of `Qwen3.forward`: token ids or the stream in, the stream or states out.
 
         `segments` [B, T] are those of whole rows.
         """
-        parts, depth = model.model, self._mesh.depth
-        if depth.rank == 0:
-            stream = parts.embed_tokens(stream)
+        if part.is_first:
+            stream = model.model.embed_tokens(stream)
         cos, sin = (table.to(stream.dtype) for table in model.rope_tables(positions))
         attend = attend_over(segments, self._mesh.context)
-        for block in parts.layers:
+        for block in part.layers:
             stream = block(stream, cos, sin, attend)
         if self._routers is not None:
-            stream = self._routers(stream, segments)
-        out: Tensor = parts.norm(stream) if depth.rank == depth.size - 1 else stream
+            stream = self._routers(part, stream, segments)
+        out: Tensor = model.model.norm(stream) if part.is_last else stream
         return out
 
     def _loss(self, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -168,7 +162,7 @@ class _Losses:
 
     @property
     def sums(self) -> Tensor:
-        return sum(self._totals.values(), start=Totals().tensor())
+        return sum(self._totals.values(), start=Totals.zeros(self._batch.num_groups))
 
     def __call__(self, hidden: Tensor, rows: Tensor) -> Tensor:
         part = self._batch.rows(slice(int(rows[0]), int(rows[-1]) + 1))
@@ -179,15 +173,19 @@ class _Losses:
         return loss
 
 
-class _StageBalance(Balance):
-    """The balance of one rank's layers; its losses are their part of the mean over all layers."""
+class _PartBalance(Balance):
+    """The balance of layers from `first` on; their losses are their part of the mean over all layers."""
 
     def __init__(
-        self, config: ModelConfig, num_tokens: int, world: World, counts_LE: Tensor, first: int
+        self, config: ModelConfig, num_tokens: int, world: World, counts_LE: Tensor, first: int = 0
     ) -> None:
         super().__init__(config, num_tokens, world, counts_LE.device)
         self.counts_LE = counts_LE
         self._first = first
+        self._config, self._stage = config, world
+
+    def of(self, part: Part) -> Balance:
+        return _PartBalance(self._config, int(self.num_tokens), self._stage, self.counts_LE, part.first)
 
     def loss(self, layers: list[Routing], real_N: Tensor) -> Tensor:
         mine_LE = self.counts_LE[self._first : self._first + len(layers)]
@@ -199,39 +197,46 @@ class _StageBalance(Balance):
 
 
 class _Routers:
-    """What the routers of one rank's layers add to a step: without `work` their assignments, with it their losses."""
+    """What the routers of a rank's layers add to a step: without `work` their assignments, with it their losses."""
 
     def __init__(self, model: Qwen3, mesh: Mesh, work: Work | None = None) -> None:
-        self._model, self._mesh, self._work = model, mesh, work
-        self.counts_LE = torch.zeros(len(model.model.layers), model.config.num_experts, device=mesh.device)
-        self._seen: list[Tensor] = []
+        self._mesh, self._work = mesh, work
+        self._weight = model.config.router_balance_weight
+        self._parts = parts_of(model)
+        self.counts_LE = torch.zeros(model.config.num_layers, model.config.num_experts, device=mesh.device)
+        self._seen: dict[int, list[Tensor]] = {part.number: [] for part in self._parts}
 
-    def __call__(self, stream: Tensor, segments: Tensor) -> Tensor:
-        layers, real_N = routings(self._model), routed_of(segments, self._mesh)
+    def __call__(self, part: Part, stream: Tensor, segments: Tensor) -> Tensor:
+        layers, real_N = take_routings(part), routed_of(segments, self._mesh)
+        seen = self._seen[part.number]
         if self._work is None:
-            self._seen.append(expert_counts(layers, real_N))
+            seen.append(expert_counts(layers, real_N))
             return stream
-        balance, config = self._work.balance, self._work.loss
-        assert balance is not None
+        every, config = self._work.balance, self._work.loss
+        assert isinstance(every, _PartBalance)
+        balance = every.of(part)
         evenness = balance.loss(layers, real_N)
-        loss, totals = (
-            self._model.config.router_balance_weight * evenness,
-            Totals(balance=float(evenness.detach())),
-        )
+        loss, totals = self._weight * evenness, Totals(balance=float(evenness.detach()))
         if config.router_z_loss:
             router_z = balance.z_loss(layers, real_N)
             loss, totals.router_z = loss + config.router_z_loss * router_z, float(router_z.detach())
-        self._seen.append(totals.tensor())
+        seen.append(totals.tensor())
         with_loss: Tensor = _WithLoss.apply(stream, loss)  # type: ignore[no-untyped-call]
         return with_loss
 
     def take(self, micro_batches: int) -> Tensor:
-        """Adds up what the last micro-batches gave; torch's own trial of the shapes came before them."""
-        last = torch.stack(self._seen[-micro_batches:]).sum(0)
-        self._seen = []
-        if self._work is None:
-            self.counts_LE += last
-        return last
+        """Adds up what the last micro-batches gave; torch's own trial of the shapes came before them.
+
+        Without `work` the assignments, layer by layer, also join `counts_LE`.
+        """
+        sums = []
+        for part in self._parts:
+            last = torch.stack(self._seen[part.number][-micro_batches:]).sum(0)
+            self._seen[part.number] = []
+            if self._work is None:
+                self.counts_LE[part.first : part.stop] += last
+            sums.append(last)
+        return torch.stack(sums).sum(0) if self._work is not None else self.counts_LE
 
 
 class _WithLoss(torch.autograd.Function):

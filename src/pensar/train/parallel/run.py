@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from pensar.base.errors import ConfigError
 from pensar.base.ranks import World
+from pensar.model import hardware
 from pensar.model.config import ModelConfig
 from pensar.model.qwen3 import Qwen3
 from pensar.train.layout import Layout
@@ -53,11 +54,12 @@ def opened_mesh(world: World, layout: Layout) -> Iterator[Mesh]:
             dist.destroy_process_group()
 
 
-def spread_model(config: ModelConfig, mesh: Mesh, source: Source) -> Qwen3:
-    """This rank's part of a model, in training mode; bfloat16 arithmetic on an accelerator that has it."""
+def spread_model(config: ModelConfig, mesh: Mesh, source: Source, precision: str = "auto") -> Qwen3:
+    """This rank's part of a model, in training mode; on an accelerator that has bfloat16 it computes in it, unless
+    `precision` is float32."""
     with torch.device("meta"):
         empty = Qwen3(config)
-    fast = mesh.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    fast = precision != "float32" and hardware.capability(mesh.device) >= hardware.AMPERE
     return shard(empty, mesh, source, torch.bfloat16 if fast else None).train()
 
 

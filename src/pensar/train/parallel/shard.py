@@ -4,6 +4,7 @@ The order is that of torch's own building blocks: tensor parallel, expert parall
 """
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from pensar.model.config import ModelConfig
 from pensar.model.moe import SparseMLP
 from pensar.model.qwen3 import Block, Qwen3, initial_values
+from pensar.train.parallel.depth import cut_depth, parts_of
 from pensar.train.parallel.expert import split_experts
 from pensar.train.parallel.mesh import Mesh
 from pensar.train.parallel.parts import Window, local_of, window_of
-from pensar.train.parallel.pipeline import cut_depth
 from pensar.train.parallel.tensor import split_tensors
 
 Source = Callable[[str, Window], Tensor]
@@ -29,6 +30,12 @@ def shard(model: Qwen3, mesh: Mesh, source: Source, precision: torch.dtype | Non
     `precision` is the type of forward and backward (bfloat16 on accelerators); weights, gradients' sums and optimiser
     stay float32. Gradients are sums over the ranks, not means: the loss is divided by the step's weight already.
     """
+    cut(model, mesh, precision)
+    return fill(model, mesh, source)
+
+
+def cut(model: Qwen3, mesh: Mesh, precision: torch.dtype | None) -> None:
+    """The first half of `shard`: the model is this rank's part of it, still without values."""
     if mesh.layout.pp > 1:
         cut_depth(model, mesh)
     sparse = [block.mlp for block in _blocks(model) if isinstance(block.mlp, SparseMLP)]
@@ -39,6 +46,10 @@ def shard(model: Qwen3, mesh: Mesh, source: Source, precision: torch.dtype | Non
             _cut_experts(mlp.experts, mesh)
             split_experts(mlp.experts, mesh.experts.get_group())
     _shard_weights(model, mesh, MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32))
+
+
+def fill(model: Qwen3, mesh: Mesh, source: Source) -> Qwen3:
+    """The other half: every parameter gets its values on the mesh's device."""
     model.to_empty(device=mesh.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -83,8 +94,10 @@ def _shard_weights(model: Qwen3, mesh: Mesh, precision: MixedPrecisionPolicy) ->
                 block.mlp.experts, mesh=mesh.expert_weights, mp_policy=precision, shard_placement_fn=placement
             )
         fully_shard(block, mesh=mesh.weights, mp_policy=precision)
-    fully_shard(model, mesh=mesh.weights, mp_policy=precision)
-    for module in model.modules():
+    whole: list[nn.Module] = [model] if mesh.layout.pp == 1 else [*parts_of(model)]
+    for root in whole:
+        fully_shard(root, mesh=mesh.weights, mp_policy=precision)
+    for module in chain.from_iterable(root.modules() for root in whole):
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum

@@ -39,7 +39,13 @@ class Meshed:
         blank = {name: None if values is None else np.zeros_like(values) for name, values in weights.items()}
         segments = np.zeros_like(row.segments)
         return Batch(
-            tokens=row.tokens, positions=row.positions, segments=segments, behaviour=row.behaviour, **blank
+            tokens=row.tokens,
+            positions=row.positions,
+            segments=segments,
+            behaviour=row.behaviour,
+            groups=row.groups,
+            num_groups=row.num_groups,
+            **blank,
         )
 
     def inputs(self, batch: Batch) -> Inputs:
