@@ -49,10 +49,11 @@ def draw(name: str, rows: Sequence[Row]) -> Path:
     panels = PANELS[name](rows)
     labels = list(dict.fromkeys(label for panel in panels for label in panel.series))
     columns = min(2, len(panels))
-    width, height = WIDTH * columns, LEGEND * -(-len(labels) // 3) + 14
+    beside = 3 if columns > 1 else 1
+    width, height = WIDTH * columns, LEGEND * -(-len(labels) // beside) + 14
     marks: list[Markup] = [STYLE]
     for number, label in enumerate(labels):
-        x, y = 20 + number % 3 * (width - 20) / min(3, len(labels)), 18 + number // 3 * LEGEND
+        x, y = 20 + number % beside * (width - 20) / min(beside, len(labels)), 18 + number // beside * LEGEND
         marks += [line(x, y, x + 22, y, f"line s{number}"), text(x + 28, y + 4, label)]
     for number, panel in enumerate(panels):
         left, top = number % columns * WIDTH, height + number // columns * HEIGHT
