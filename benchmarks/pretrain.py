@@ -202,8 +202,8 @@ def parity(quick: bool) -> Iterator[Line]:
         yield line(
             f"loss_parity_{kind}",
             apart,
-            None,
-            peer_name("as written, AdamW"),
+            pretrain_learning.peers_apart(config, steps) if config.num_experts else None,
+            peer_name("its experts in two ways" if config.num_experts else "as written, AdamW"),
             f"nats, largest difference of {steps} losses",
             target=1e-3,
             sign=-1,

@@ -132,6 +132,17 @@ def losses(config: ModelConfig, steps: int, compiling: bool) -> tuple[list[float
     return [our for our, _ in pairs], [their for _, their in pairs]
 
 
+def peers_apart(config: ModelConfig, steps: int) -> float:
+    """Largest difference between the losses of two of the peer's own ways to compute experts: rounding alone moves a
+    token whose experts are nearly tied to another expert, and losses part from there on."""
+    tokens_of, model = text_tokens(PARITY_ROWS), started(config)
+    eager, grouped = (
+        peer_step(peer_of(model, experts_implementation=way), tokens_of, compiling=False, fused=False)
+        for way in ("eager", "grouped_mm")
+    )
+    return max(abs(eager() - grouped()) for _ in range(steps))
+
+
 def logits_apart(config: ModelConfig) -> tuple[float, float]:
     """Largest difference of any logit in float32, and the largest logit."""
     model = started(config).eval()
