@@ -143,6 +143,7 @@ def discard(folder: Path, world: World) -> None:
     world.barrier()
     if world.rank == 0:
         (folder / NAME).unlink(missing_ok=True)
+        (folder / f".{NAME}.tmp").unlink(missing_ok=True)
         sharded.remove(folder)
 
 
