@@ -142,6 +142,34 @@ def test_only_whole_lines_and_only_new_ones_are_read(tmp_path: Path) -> None:
     assert tail._read == path.stat().st_size
 
 
+def test_files_that_vanish_and_values_that_are_none_do_not_end_the_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_steps(tmp_path, 3, of=20)
+    logs = tmp_path / "logs" / NAME
+    (logs / ".about.json.tmp").write_text("{")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step":3,"loss":null,"tokens":1000.0,"gradient_norm":null}\n')
+    with (folder / "layers.jsonl").open("a") as file:
+        file.write('{"step":3,"gradient_norm":{"attention":[0.5,null],"mlp":[]},"stream_rms":[1.0,2.0]}\n')
+    training = Run(tmp_path).look()["training"]
+    assert training["step"] == 4
+    assert training["series"]["loss"] == [8.0, 7.0, 6.0]
+    text = shown(Run(tmp_path).look())
+    assert "size of stream" in text
+    assert "gradient attention" not in text
+    found = Path.glob
+
+    def with_one_gone(self: Path, pattern: str) -> Any:
+        return [*found(self, pattern), self / "gone.jsonl"]
+
+    monkeypatch.setattr(Path, "glob", with_one_gone)
+    assert Run(tmp_path)._written(NAME) == max(
+        path.stat().st_mtime for path in logs.iterdir() if path.stem[0] != "."
+    )
+    assert Tail(logs / "gone.jsonl").look() == []
+
+
 def test_a_run_without_training_is_shown_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(tmp_path), "--once"]) == 0
     assert "no stage has trained yet" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from pensar.base.config import canonical
 from pensar.base.errors import ConfigError
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
-from pensar.train.average import AverageConfig
+from pensar.train.average import Average, AverageConfig
 from pensar.train.loop import LoopConfig, Place, loop
 from pensar.train.optimizer import Optimizer, OptimizerConfig
 from tiny import parameters_of, tiny_model
@@ -82,6 +82,20 @@ def test_a_killed_run_ends_in_the_same_average(tmp_path: Path, config: AverageCo
         trained(tmp_path / "cut", config, killed_at=killed_at)
     again, _ = trained(tmp_path / "cut", config)
     assert (whole == again).all()
+
+
+def test_what_is_loaded_is_a_copy(tmp_path: Path) -> None:
+    """A checkpoint's tensors are pages of its file: an average that kept them would keep a removed file alive."""
+    config = AverageConfig(ema=0.5)
+    model = tiny_model()
+    first = Average(model, config, STEPS, 3)
+    first.update(1)
+    state = first.state_dict()
+    again = Average(model, config, STEPS, 3)
+    again.load_state_dict(state)
+    mine, theirs = again.state_dict()["mean"], state["mean"]
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert not {mean.data_ptr() for mean in mine.values()} & {mean.data_ptr() for mean in theirs.values()}
 
 
 def test_half_precision_weights_are_averaged_in_float32(tmp_path: Path) -> None:

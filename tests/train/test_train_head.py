@@ -1,7 +1,11 @@
 """The loss through the output projection by chunks: value and gradients are those of all logits at once."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.nn import functional as F
 
 from pensar.model.config import ModelConfig
@@ -120,3 +124,36 @@ def test_chunks_of_logits_share_one_memory(chunk):
     expected.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close((states.grad, head.grad), (states_.grad, head_.grad))
+
+
+def test_recomputation_frees_the_softmax_and_gives_the_same_gradients():
+    """Under activation checkpointing nothing of [tokens, vocabulary] may outlive the forward pass."""
+    states, head, ids = drawn()
+    kept = []
+
+    def loss_of(states, head):
+        logits = states @ head.T
+        kept.append(weakref.ref(logits.untyped_storage()))
+        logprob, _ = chosen(logits, ids, overwrite=True)
+        return -logprob.sum()
+
+    loss = torch.utils.checkpoint.checkpoint(loss_of, states, head, use_reentrant=False)
+    gc.collect()
+    assert [place() for place in kept] == [None]
+    loss.backward()
+    states_, head_, _ = drawn()
+    F.cross_entropy(states_ @ head_.T, ids, reduction="sum").backward()
+    torch.testing.assert_close((states.grad, head.grad), (states_.grad, head_.grad))
+
+
+def test_a_head_in_half_precision_sums_its_gradient_in_float32():
+    """Each of 512 chunks adds a 512th of the gradient: in bfloat16 the sum would stop growing at a half of it."""
+    states = torch.ones(512, 2, dtype=torch.bfloat16, requires_grad=True)
+    head = torch.zeros(4, 2, dtype=torch.bfloat16, requires_grad=True)
+
+    def loss_of(logits, start, stop):
+        return logits.float()[:, 0].sum(), torch.zeros(1)
+
+    head_loss(states, head, loss_of, 1)[0].backward()
+    assert head.grad.dtype == torch.bfloat16
+    assert head.grad.tolist() == [[512.0, 512.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]

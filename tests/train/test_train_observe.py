@@ -36,6 +36,8 @@ from pensar.train.loop import LoopConfig, Place, fit
 from pensar.train.loss import LossConfig, batch_loss, weights_of
 from pensar.train.optimizer import OptimizerConfig
 from pensar.train.pretrain import PretrainConfig, row_batches
+from pensar.train.profiler import profiled
+from pensar.train.schedule import ScheduleConfig
 from pensar.train.speed import peak_flops, step_flops, table_row
 from tiny import SHAPE, SPARSE, parameters_of, tiny_model, write_shards
 
@@ -386,6 +388,24 @@ def test_a_profile_is_written_of_the_steps_asked_for(
     assert "aten::mm" in (folder / f"{named}.rank-0.txt").read_text()
 
 
+def test_a_failure_in_the_window_leaves_the_profile_of_what_came_before(tmp_path: Path) -> None:
+    """A guard that rewinds ends the window with an exception, and the steps do not come again as they were."""
+
+    def take(step: int) -> dict[str, float]:
+        torch.ones(2, 2) @ torch.ones(2, 2)
+        if step == 2:
+            raise ZeroDivisionError
+        return {}
+
+    watched = profiled(take, 4, (1, 2), tmp_path, 0)
+    watched(1)
+    with pytest.raises(ZeroDivisionError):
+        watched(2)
+    with gzip.open(tmp_path / "profile" / "steps-1-2.rank-0.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"step 1", "step 2", "aten::mm"} <= names
+
+
 def test_a_profile_beyond_the_end_or_of_no_steps_is_none(tmp_path: Path) -> None:
     for number, wanted in enumerate(((0, 0), (7, 2))):
         work = place(tmp_path / str(number), profile=wanted)
@@ -399,3 +419,12 @@ def test_training_does_not_load_what_it_does_not_show() -> None:
         "assert not {'wandb', 'mlflow', 'trackio', 'tensorboardX'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(("muon", "rate"), [(True, 0.02), (False, 0.003)])
+def test_the_rate_shown_is_that_of_the_optimiser_at_work(muon: bool, rate: float, tmp_path: Path) -> None:
+    optimizer = OptimizerConfig(muon=muon, lr=0.02, adamw_lr=0.003)
+    config = LoopConfig(steps=1, optimizer=optimizer, schedule=ScheduleConfig(kind="constant"))
+    work = place(tmp_path / "run")
+    fit(tiny_model(), batches, config, work, name="rates")
+    assert [row["lr"] for row in read_jsonl(work.out / "metrics.jsonl", dict)] == [rate]

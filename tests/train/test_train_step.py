@@ -172,3 +172,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(
     with pytest.raises(RunError, match=r"cannot write the checkpoint .*free disk space"):
         checkpoint.save(tmp_path, model, optimizer, 2, World())
     assert checkpoint.resume(tmp_path, model, optimizer)[0] == 1
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.NAME], (
+        "half a file is left on a full disk"
+    )

@@ -1,12 +1,13 @@
 """Following a run by its files: which stages there are, and how far the one under way has got."""
 
+import contextlib
 import math
 import os
 import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -39,21 +40,25 @@ class Tail:
     def look(self) -> list[Row]:
         """All whole rows there are now; only what is new is read."""
         try:
-            state = self.path.stat()
+            file = self.path.open("rb")
         except FileNotFoundError:
             self.rows, self._read = [], 0
             return self.rows
+        with file:
+            self._go_on(file)
+        return self.rows
+
+    def _go_on(self, file: BinaryIO) -> None:
+        state = os.fstat(file.fileno())
         if (state.st_dev, state.st_ino) != self._file or state.st_size < self._read:
             self.rows, self._read = [], 0
             self._file = (state.st_dev, state.st_ino)
-        with self.path.open("rb") as file:
-            file.seek(self._read)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._read += len(line)
-                self.rows.append(self._decoded(line))
-        return self.rows
+        file.seek(self._read)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            self._read += len(line)
+            self.rows.append(self._decoded(line))
 
     def _decoded(self, line: bytes) -> Row:
         try:
@@ -111,9 +116,11 @@ class Run:
 
     def _written(self, name: str) -> float:
         """When a stage last wrote into its logs."""
-        logs = self.folder / LOGS / name
-        times = [path.stat().st_mtime for path in logs.glob("*.*")] if logs.is_dir() else []
-        return max(times, default=0.0)
+        times = [0.0]
+        for path in (self.folder / LOGS / name).glob("[!.]*.*"):
+            with contextlib.suppress(FileNotFoundError):  # a file written beside was renamed
+                times.append(path.stat().st_mtime)
+        return max(times)
 
     def _busy(self, begun: list[str]) -> bool:
         return _is_locked(self.folder / LOCK) or (
@@ -172,7 +179,8 @@ class Run:
 
 
 def _series(rows: list[Row], key: str) -> Iterator[float]:
-    return (float(row[key]) for row in rows if key in row and math.isfinite(row[key]))
+    values = (row.get(key) for row in rows)
+    return (float(value) for value in values if value is not None and math.isfinite(value))
 
 
 def _stage_of(name: str) -> str:

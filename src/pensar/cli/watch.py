@@ -164,7 +164,7 @@ def _layers(row: dict[str, Any]) -> list[RenderableType]:
     lists = {f"gradient {kind}": values for kind, values in row["gradient_norm"].items()}
     lists |= {words: row[name] for name, words in OF_LAYERS.items() if name in row}
     for words, values in lists.items():
-        if isinstance(values, list):
+        if isinstance(values, list) and values and None not in values:
             ends = (
                 f"{significant(values[0])} to {significant(values[-1])}, at most {significant(max(values))}"
             )

@@ -63,7 +63,7 @@ class Average:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         devices = {name: parameter.device for name, parameter in self._model.named_parameters()}
         self._num = int(state["num"])
-        self._mean = {name: mean.to(devices[name]) for name, mean in state["mean"].items()}
+        self._mean = {name: mean.to(devices[name], copy=True) for name, mean in state["mean"].items()}
 
     def _later_checkpoints(self, done: int) -> float:
         """How many checkpoints come after this one, the end among them; infinite where `done` is none."""

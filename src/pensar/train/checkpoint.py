@@ -160,6 +160,7 @@ def _write(folder: Path, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
+        draft.unlink(missing_ok=True)
         # torch's zip writer reports a full disk as a RuntimeError without its cause
         raise RunError(
             f"cannot write the checkpoint {draft}: {error}; free disk space and run again"

@@ -68,15 +68,13 @@ class _Chosen(torch.autograd.Function):
         memory_NV = logits_NV.detach() if overwrite and logits_NV.device.type == "cpu" else None
         p_NV = torch.softmax(logits_NV.detach(), -1, out=memory_NV)
         log_z_N = top_N - p_NV.amax(-1).log()  # the largest is at least 1 / V
-        ctx.save_for_backward(ids_N)
-        ctx.p_NV = p_NV
+        ctx.save_for_backward(ids_N, p_NV)
         return picked_N - log_z_N, log_z_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprob_N: Tensor, grad_log_z_N: Tensor) -> tuple[Tensor, None, None]:
-        (ids_N,) = ctx.saved_tensors
-        p_NV, ctx.p_NV = ctx.p_NV, None  # of no use a second time
+        ids_N, p_NV = ctx.saved_tensors
         grad_NV = p_NV.mul_((grad_log_z_N - grad_logprob_N)[:, None])
         grad_NV.scatter_add_(1, ids_N[:, None], grad_logprob_N[:, None])
         return grad_NV, None, None
@@ -103,7 +101,7 @@ class _HeadLoss(torch.autograd.Function):
         assert total is not None
         assert counted is not None
         if gradients is not None:
-            ctx.save_for_backward(gradients.states_ND, gradients.head_VD)
+            ctx.save_for_backward(*gradients.whole())
         ctx.mark_non_differentiable(counted)
         return total, counted
 
@@ -132,15 +130,19 @@ class _Scores:
 
 
 class _Gradients:
-    """Of states and head, filled chunk by chunk; the head's in the type of its weight."""
+    """Of states and head, filled chunk by chunk; the head's is summed at least in float32."""
 
     def __init__(self, states_ND: Tensor, head_VD: Tensor) -> None:
         self._states, self._head = states_ND, head_VD
-        self.states_ND = torch.empty_like(states_ND)
-        self.head_VD: Tensor | None = None
+        self._states_ND = torch.empty_like(states_ND)
+        self._head_VD: Tensor | None = None
+
+    def whole(self) -> tuple[Tensor, Tensor | None]:
+        """Both in the types of what they are gradients of; None for that of a head that does not learn."""
+        return self._states_ND, None if self._head_VD is None else self._head_VD.to(self._head.dtype)
 
     def add(self, logits_CV: Tensor, start: int, stop: int) -> None:
-        states_CD = self.states_ND[start:stop]
+        states_CD = self._states_ND[start:stop]
         plain = logits_CV.dtype == states_CD.dtype == self._head.dtype and not _autocast(logits_CV)
         if plain:
             torch.mm(logits_CV, self._head, out=states_CD)
@@ -149,12 +151,13 @@ class _Gradients:
         if not self._head.requires_grad:
             return
         states_CD = self._states[start:stop]
-        if self.head_VD is None:
-            self.head_VD = (logits_CV.mT @ states_CD).to(self._head.dtype)
-        elif plain:
-            self.head_VD.addmm_(logits_CV.mT, states_CD)
+        if self._head_VD is None:
+            wide = torch.promote_types(self._head.dtype, torch.float32)
+            self._head_VD = (logits_CV.mT @ states_CD).to(wide)
+        elif plain and self._head_VD.dtype == self._head.dtype:
+            self._head_VD.addmm_(logits_CV.mT, states_CD)
         else:
-            self.head_VD += logits_CV.mT @ states_CD
+            self._head_VD += logits_CV.mT @ states_CD
 
 
 def _autocast(x: Tensor) -> bool:

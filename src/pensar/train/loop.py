@@ -207,7 +207,7 @@ def fit(
                 use=use if step >= use.first else None,
                 witness=observer.at(model, step, batches),
             )
-        return values | {"lr": scale * (config.optimizer.lr if config.lora is None else rates.adamw_lr)}
+        return values | {"lr": scale * (rates.lr if rates.muon else rates.adamw_lr)}
 
     model.train()
     shown = ("loss", "divergence")

@@ -37,8 +37,9 @@ def profiled(take: Take, steps: int, wanted: tuple[int, int], logs: Path, rank: 
         try:
             with torch.profiler.record_function(f"step {step}"):
                 values = take(step)
-        except BaseException:
-            stop(write=False)
+        except BaseException as error:
+            # A guard that rewinds, or stops the run, ends the window early; nobody waits for a file when interrupted.
+            stop(write=isinstance(error, Exception))
             raise
         if step == last:
             stop(write=True)
