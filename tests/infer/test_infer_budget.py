@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pensar.infer.budget import ANSWER, BEGINNING, NO_BUDGET, NOT_FORCED, THINKING, Thinking
+from pensar.infer.budget import ANSWER, BEGINNING, NO_BUDGET, THINKING, Thinking
 from pensar.infer.engine import Engine, Request, SamplingParams
 from pensar.infer.rows import FIELDS
 from pensar.text.chat import STOP_SENTENCE, encode_prompt, encode_stop_sentence
@@ -12,13 +12,18 @@ from pensar.text.tokenizer import THINK, THINK_END, TURN_START
 def machine_run(thinking, prompt, sampled, budget=NO_BUDGET, stops=()):
     """The machine on one row whose model samples `sampled`: the tokens that come out, forced flags, count."""
     row = np.zeros(1, FIELDS)
-    row["phase"], row["budget"], row["forced_at"] = thinking.phase_of(np.asarray(prompt)), budget, NOT_FORCED
+    row["phase"], row["budget"] = thinking.phase_of(np.asarray(prompt)), budget
     out, flags = [], []
     for token in sampled:
-        ids, forced = thinking.force(row, np.asarray([token]))
-        thinking.count(row, ids, forced | np.isin(ids, stops))
-        out.append(int(ids[0]))
-        flags.append(bool(forced[0]))
+        ids, all_rows = np.asarray([token]), slice(0, 1)
+        if thinking.spent(row, all_rows, ids)[0]:
+            out += thinking.stop_sentence.tolist()
+            flags += [True] * len(thinking.stop_sentence)
+            thinking.close(row, 0)
+            continue
+        thinking.count(row, all_rows, ids, np.isin(ids, stops))
+        out.append(token)
+        flags.append(False)
     return out, flags, int(row["reasoning"][0])
 
 
@@ -120,7 +125,7 @@ def test_a_block_that_the_model_opens_itself_is_counted_and_cut(thinking, tokeni
     opened = [blank, thinking.open_id, word, word, word]
     assert machine_run(thinking, prompt, opened) == (opened, [False] * 5, 3)
     sentence = thinking.stop_sentence.tolist()
-    cut = machine_run(thinking, prompt, [*opened, *[word] * (len(sentence) + 1)], budget=2)
+    cut = machine_run(thinking, prompt, [*opened, word, word], budget=2)
     assert cut == (
         [*opened[:4], *sentence, word, word],
         [False] * 4 + [True] * len(sentence) + [False] * 2,

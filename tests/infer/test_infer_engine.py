@@ -68,10 +68,10 @@ def test_requests_that_arrive_while_others_run_change_nothing(model, naive):
 def test_equal_prompts_are_computed_once_and_each_gets_its_own_draws(model, full_logprobs, monkeypatch):
     [prompt, other] = prompts([20, 20])
     engine = Engine(model, slots=16)
-    shapes = []
+    computed = []
     forward = type(model).forward
     monkeypatch.setattr(
-        type(model), "forward", lambda *args: (shapes.append(args[1].shape), forward(*args))[1]
+        type(model), "forward", lambda *args: (computed.append(args[1].numel()), forward(*args))[1]
     )
     requests = [
         Request(
@@ -83,7 +83,7 @@ def test_equal_prompts_are_computed_once_and_each_gets_its_own_draws(model, full
     ]
     completions = engine.run(requests)
     monkeypatch.undo()
-    assert shapes[0] == (2, 20)
+    assert computed == [2 * 20, *[12] * 11]
     assert len({tuple(completion.tokens) for completion in completions}) == 12
     for request, completion in zip(requests, completions, strict=True):
         expected = full_logprobs(model, request.tokens, completion.tokens)
@@ -94,7 +94,7 @@ def test_an_aborted_request_returns_its_tokens_and_leaves_the_others_alone(model
     engine, log, asked = Engine(model, slots=2), {}, prompts([8, 25, 3])
     for index, prompt in enumerate(asked):
         engine.submit(greedy(str(index), prompt, 30))
-    for _ in range(5):
+    for _ in range(6):
         collect(engine, log, until=lambda engine: True)
     aborted = engine.abort("0")
     assert aborted.finish_reason == "abort"
@@ -187,7 +187,7 @@ def test_new_weights_take_effect_at_the_next_token_as_if_the_cache_were_theirs(m
     engine, log = Engine(model), {}
     for index, prompt in enumerate(asked):
         engine.submit(greedy(str(index), prompt, 25))
-    for _ in range(9):
+    for _ in range(10):
         collect(engine, log, until=lambda engine: True)
     before = {name: list(entry["tokens"]) for name, entry in log.items()}
     engine.load(other.state_dict())
@@ -296,18 +296,19 @@ def test_a_reply_that_meets_nan_midway_keeps_what_it_had(make_model, naive):
     assert fine.tokens == second
 
 
-def test_a_prompt_longer_than_one_steps_share_waits_for_the_next_step(make_model, naive, monkeypatch):
-    monkeypatch.setattr("pensar.infer.engine.MAX_PREFILL_TOKENS", 64)
+@pytest.mark.parametrize("room", [4, 7, 64])
+def test_prompts_are_computed_in_chunks_beside_running_replies(make_model, naive, room):
     model = make_model()
     asked = prompts([50, 40, 100, 3])
-    engine = Engine(model)
+    engine, log, sizes = Engine(model, slots=4, step_tokens=room), {}, []
+    run = engine.runner.run
+    engine.runner.run = lambda batch: (sizes.append(len(batch.tokens_N)), run(batch))[1]
     for index, prompt in enumerate(asked):
         engine.submit(greedy(str(index), prompt, 8))
-    engine.step()
-    assert (engine.num_running, engine.num_waiting) == (1, 3)
+    collect(engine, log, until=lambda engine: True)
     engine.load(model)
-    log = {"0": {"tokens": naive(model, asked[0], 2)["tokens"], "logprobs": []}}
     collect(engine, log)
+    assert max(sizes) == room
     assert [log[str(i)]["tokens"] for i in range(4)] == [naive(model, p, 8)["tokens"] for p in asked]
 
 

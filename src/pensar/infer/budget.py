@@ -17,13 +17,14 @@ BEGINNING, THINKING, ANSWER = 0, 1, 2
 """Phases: nothing but blanks so far, inside the block, after it or never in one."""
 
 NO_BUDGET = np.iinfo(np.int64).max
-NOT_FORCED = -1
 
 Bools = npt.NDArray[np.bool_]
+Index = slice | Ints
+"""Which rows of the running ones."""
 
 
 class Thinking:
-    """The machine for one tokenizer; the state of each row lives in the fields phase, reasoning, budget, forced_at."""
+    """The machine for one tokenizer; the state of each row lives in the fields phase, reasoning, budget."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -46,34 +47,34 @@ class Thinking:
             return BEGINNING
         return THINKING if tags[-1] == self.open_id else ANSWER
 
-    def force(self, rows: Rows, ids: Ints) -> tuple[Ints, Bools]:
-        """Replaces sampled ids by the stop sentence where a budget is spent; returns ids and which were forced.
+    def spent(self, state: Rows, rows: Index, ids: Ints) -> Bools:
+        """Where the stop sentence has to stand in place of the token that was drawn.
 
-        A block that closes itself with exactly `budget` tokens inside is left alone. Call `count` afterwards.
+        A block that closes itself with exactly `budget` tokens inside is left alone.
         """
-        forced_at = rows["forced_at"]
-        spent = (rows["phase"] == THINKING) & (rows["reasoning"] >= rows["budget"]) & (ids != self.close_id)
-        forced: Bools = spent | (forced_at != NOT_FORCED)
-        if forced.any():
-            at = np.maximum(forced_at, 0)
-            ids = np.where(forced, self.stop_sentence[at], ids)
-            after = np.where(at + 1 < len(self.stop_sentence), at + 1, NOT_FORCED)
-            rows["forced_at"] = np.where(forced, after, NOT_FORCED)
-        return ids, forced
+        over = state["reasoning"][rows] >= state["budget"][rows]
+        spent: Bools = over & (state["phase"][rows] == THINKING) & (ids != self.close_id)
+        return spent
 
-    def count(self, rows: Rows, ids: Ints, ignored: Bools) -> None:
-        """Moves the phases on by one token per row; `ignored` tokens (forced, stop) are not counted as reasoning."""
-        phase = rows["phase"]
+    def close(self, state: Rows, row: int) -> None:
+        """The stop sentence was appended to `row`; none of it is reasoning."""
+        state["phase"][row] = ANSWER
+
+    def count(self, state: Rows, rows: Index, ids: Ints, ignored: Bools) -> None:
+        """Moves the phases on by one token per row; `ignored` tokens (stop tokens) are not counted as reasoning."""
+        phase = state["phase"][rows]
         thinking = phase == THINKING
-        closing = thinking & (ids == self.close_id)
-        rows["reasoning"] += thinking & ~closing & ~ignored
-        phase[closing] = ANSWER
+        if thinking.any():
+            closing = thinking & (ids == self.close_id)
+            state["reasoning"][rows] += thinking & ~closing & ~ignored
+            phase = np.where(closing, ANSWER, phase)
         for row in np.flatnonzero(phase == BEGINNING):  # the first token or two of a reply
             token = int(ids[row])
             if token == self.open_id:
                 phase[row] = THINKING
             elif not self._is_blank(token):
                 phase[row] = ANSWER
+        state["phase"][rows] = phase
 
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:

@@ -1,139 +1,178 @@
-"""Engine: requests in, pieces out; every step admits what waits and adds one token to all that run.
+"""Engine: requests in, pieces out; every step computes some tokens of all that run and draws what follows.
 
 The same engine serves users and makes rollouts: `load` swaps the weights in place, and the log-probabilities that it
 reports are those of the model's own distribution, which is what a trainer computes.
 """
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
 import numpy as np
-import torch
 from torch import Tensor
 
 from pensar.base.errors import ConfigError, ModelError
-from pensar.infer.budget import Thinking
-from pensar.infer.cache import Paged
-from pensar.infer.request import (
-    Completion,
-    FinishReason,
-    Ints,
-    Piece,
-    Request,
-    SamplingParams,
-    checked_prompt,
-)
+from pensar.infer.budget import NO_BUDGET, THINKING, Thinking
+from pensar.infer.commit import Commit
+from pensar.infer.pages import PagePool
+from pensar.infer.queue import Entry
+from pensar.infer.request import Completion, FinishReason, Piece, Request, SamplingParams, checked_prompt
 from pensar.infer.rows import RunningRows
-from pensar.infer.sampling import Rules, logprobs, rules_of, sample, uniforms
+from pensar.infer.scheduler import Plan, Scheduler
+from pensar.infer.step import PAGE, Runner, StepOutput
+from pensar.infer.storage import cache_pages, is_out_of_memory, merged
+from pensar.infer.sync import weights_stamp
+from pensar.infer.torch_runner import TorchRunner
 from pensar.model.qwen3 import Qwen3
 from pensar.model.weights import check_tokenizer
 from pensar.text.tokenizer import THINK, Tokenizer
 
 __all__ = ["Completion", "Engine", "Piece", "Request", "SamplingParams"]
 
-MAX_PREFILL_TOKENS = 8_192
-"""Prompt tokens computed in one step, so that running replies are not held up; a longer prompt goes alone."""
+STEP_TOKENS = 2_048
+"""Tokens of one step, so that running replies are not held up by long prompts."""
 
 
 class Engine:
     """Continuous batching over one model; not thread-safe.
 
-    `slots` replies run at once, further requests wait in order of arrival. A request may use up to
-    `max_tokens_per_slot` positions (at most and by default the model's max_positions). Without a tokenizer nothing
-    but stop_ids and max_tokens ends a reply and there is no thinking.
+    `slots` replies run at once, further requests wait. A request may use up to `max_tokens_per_slot` positions (at
+    most and by default the model's max_positions); `cache_tokens` is room for the texts of all together, by default
+    what the slots can fill, within a quarter of the memory. A step computes `step_tokens` tokens, prompts in chunks.
+    With `share` requests that begin alike compute the beginning once. Without a tokenizer nothing but stop_ids and
+    max_tokens ends a reply and there is no thinking.
     """
 
     def __init__(
         self,
-        model: Qwen3,
+        model: Qwen3 | Runner,
         tokenizer: Tokenizer | None = None,
         *,
         slots: int = 64,
         max_tokens_per_slot: int | None = None,
+        cache_tokens: int | None = None,
+        step_tokens: int = STEP_TOKENS,
+        share: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if slots < 1:
             raise ConfigError(f"slots is {slots}; an engine needs at least 1")
+        if step_tokens < slots:
+            raise ConfigError(
+                f"step_tokens {step_tokens} is less than slots {slots}; every running reply needs one token a step"
+            )
+        self.runner: Runner = TorchRunner(model) if isinstance(model, Qwen3) else model
+        config = self.runner.config
         end_ids: tuple[int, ...] = ()
-        thinking = None
+        self._thinking = None
         if tokenizer is not None:
-            check_tokenizer(model.config, tokenizer.vocab_size)
+            check_tokenizer(config, tokenizer.vocab_size)
             end_ids = (tokenizer.eos_id, tokenizer.pad_id)
-            thinking = Thinking(tokenizer) if THINK in tokenizer.control_tokens else None
-        self.model = model
+            self._thinking = Thinking(tokenizer) if THINK in tokenizer.control_tokens else None
         self.slots = slots
-        self.max_positions = min(
-            model.config.max_positions, max_tokens_per_slot or model.config.max_positions
+        self.max_positions = min(config.max_positions, max_tokens_per_slot or config.max_positions)
+        self.pool = PagePool(cache_pages(self.runner, slots, self.max_positions, cache_tokens))
+        self.rows = RunningRows(slots, self._thinking, end_ids)
+        self.scheduler = Scheduler(
+            self.runner, self.rows, self.pool, slots=slots, step_tokens=step_tokens, share=share
         )
-        weight = model.model.embed_tokens.weight
-        self._device = weight.device
-        self._cache = Paged(model.config, slots, self.max_positions, weight.device, weight.dtype)
-        self._rows = RunningRows(slots, thinking, end_ids)
-        self._can_think = thinking is not None
-        self._waiting: deque[tuple[Request, Ints]] = deque()
+        self.version = 0
+        """How often new weights were loaded."""
+        self._stamp = weights_stamp(self.runner.model)
+        self._clock = clock
+        self._arrivals = 0
         self._live: set[str] = set()
         self._finished: dict[str, tuple[Completion, int]] = {}
-        self._rules: Rules | None = None
-        # The model keeps its RoPE frequencies from the first use on: let that not be in inference mode.
-        model.rope_tables(torch.zeros(1, 1, dtype=torch.int64, device=weight.device))
+        self._commit = Commit(self.rows, self.scheduler, self._thinking, self._retire)
+
+    @property
+    def model(self) -> Qwen3:
+        """The module that the runner computes with."""
+        return self.runner.model
 
     @property
     def num_running(self) -> int:
-        return self._rows.num
+        return self.rows.num
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self.scheduler.queue)
+
+    # ------------------------------------------------------------ requests
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises ModelError, naming value and limit, for one that the model cannot serve."""
-        prompt = checked_prompt(request, self.model.config.vocab_size, self.max_positions)
-        if request.id in self._live:
-            raise ModelError(f"request id {request.id!r} is in use by an unfinished request; choose another")
-        if request.params.thinking_budget is not None and not self._can_think:
-            raise ModelError(
-                f"request {request.id} has thinking_budget {request.params.thinking_budget}, but the tokenizer has no "
-                f"{THINK}; leave the budget out"
-            )
+        prompt = checked_prompt(request, self.runner.config.vocab_size, self.max_positions)
+        self._check(request, len(prompt))
+        if not self._live and weights_stamp(self.runner.model) != self._stamp:
+            self.load(self.runner.model)
+        entry = Entry(request, prompt, self._arrivals)
+        if request.timeout_seconds is not None:
+            entry.deadline = self._clock() + request.timeout_seconds
+        self._arrivals += 1
         self._live.add(request.id)
-        self._waiting.append((request, prompt))
+        self.scheduler.queue.push(entry)
 
     def step(self) -> list[Piece]:
-        """Admits waiting requests, adds a token to every running one, and returns what is new.
+        """Computes one step and returns what is new; a request's failure ends it alone.
 
-        A request admitted in this step gets two tokens. One with NaN in its logits ends with finish_reason "error"
-        and leaves the others alone.
+        A reply's stop sentence arrives in one piece; where log-probabilities are asked for, with the step that
+        knows them.
         """
-        with self._inference():
-            self._advance()
-        pieces = []
-        for name, (completion, reported) in self._finished.items():
-            pieces.append(_piece(name, completion, reported, completion.finish_reason))
+        self._advance()
+        pieces = [
+            _piece(name, completion, reported, completion.finish_reason)
+            for name, (completion, reported) in self._finished.items()
+        ]
         self._finished.clear()
-        for row in range(self._rows.num):
-            state = self._rows.state[row]
-            if state["length"] > state["reported"]:
-                completion = self._rows.completion(row, "length", start=int(state["reported"]))
-                state["reported"] = state["length"]
-                pieces.append(_piece(self._rows.requests[row].id, completion, 0, None))
+        state = self.rows.state[: self.rows.num]
+        known = np.where(state["logprobs"], np.minimum(state["computed"] + 1, state["total"]), state["total"])
+        for row in np.flatnonzero(known > state["reported"]).tolist():
+            pieces.append(self._report(row, int(known[row])))
         return pieces
 
     def abort(self, name: str) -> Completion | None:
         """Takes out a request and returns what it has so far; None where no such request is unfinished."""
-        for entry in self._waiting:
-            if entry[0].id == name:
-                self._waiting.remove(entry)
-                self._live.discard(name)
-                return Completion(tokens=[], logprobs=[], forced=[], finish_reason="abort")
-        for row, request in enumerate(self._rows.requests):
-            if request.id == name:
-                completion = self._rows.completion(row, "abort")
-                with torch.inference_mode():
-                    self._release(row)
-                return completion
+        if self.scheduler.queue.get(name) is not None:
+            entry = self.scheduler.queue.remove(name)
+            self._live.discard(name)
+            return _ended(entry, "abort")
+        row = self.rows.index.get(name)
+        if row is not None:
+            completion = self.rows.completion(row, "abort")
+            self._live.discard(name)
+            self.scheduler.release(row)
+            return completion
         self._finished.pop(name, None)
-        self._live.discard(name)
         return None
+
+    def set_budget(self, name: str, budget: int | None) -> bool:
+        """Changes the thinking budget of an unfinished request; False where there is no such request.
+
+        A budget that is spent already closes the thinking with the next token.
+        """
+        if budget is not None and (budget < 0 or self._thinking is None):
+            raise ModelError(
+                f"request {name}: thinking_budget {budget} must be at least 0, with a tokenizer that knows {THINK}"
+            )
+        row = self.rows.index.get(name)
+        value = NO_BUDGET if budget is None else budget
+        if row is not None:
+            self.rows.state["budget"][row] = value
+            return True
+        entry = self.scheduler.queue.get(name)
+        if entry is None:
+            return False
+        entry.budget = value
+        return True
+
+    def finish_thinking(self, name: str) -> bool:
+        """Asks for the answer now: as if the budget were what has been thought so far."""
+        row = self.rows.index.get(name)
+        if row is None or self._thinking is None:
+            return self.set_budget(name, 0) if self._thinking is not None else False
+        self.rows.state["budget"][row] = self.rows.state["reasoning"][row]
+        return True
 
     def run(self, requests: Sequence[Request]) -> list[Completion]:
         """Serves `requests` to their ends; one that the engine refuses has finish_reason "error" and its reason.
@@ -151,198 +190,136 @@ class Engine:
                     tokens=[], logprobs=[], forced=[], finish_reason="error", error=str(error)
                 )
         try:
-            with self._inference():
-                while open_requests:
-                    self._advance()
-                    for name in [name for name in self._finished if name in open_requests]:
-                        results[open_requests.pop(name)] = self._finished.pop(name)[0]
+            while open_requests:
+                self._advance()
+                for name in [name for name in self._finished if name in open_requests]:
+                    results[open_requests.pop(name)] = self._finished.pop(name)[0]
         finally:
             for name in open_requests:  # only when a step raised or was interrupted
                 self.abort(name)
         return [result for result in results if result is not None]
 
-    def load(self, weights: Mapping[str, Tensor] | Qwen3) -> None:
-        """Copies weights of the same shapes into the model; what runs goes on as if it had always had them.
+    # ------------------------------------------------------------ weights
 
-        The cache is computed anew for the running replies. Raises ModelError where names or shapes differ, before
+    def load(self, weights: Mapping[str, Tensor] | Qwen3, *, recompute: bool = True) -> None:
+        """Takes weights of the same shapes in place, between two steps; tokens say which version they were drawn from.
+
+        With `recompute` what runs goes on as if it had always had them: its texts are computed again. Without, it
+        keeps the keys and values that the old weights made. An engine that has nothing to do notices by itself that
+        the weights of its own module have changed. Raises ModelError where names or shapes differ, before
         anything is changed.
         """
-        new = dict(weights.named_parameters()) if isinstance(weights, Qwen3) else weights
-        own = dict(self.model.named_parameters())
-        if new.keys() != own.keys():
-            odd = sorted(new.keys() ^ own.keys())
-            raise ModelError(f"the new weights differ from the model in {len(odd)} names, such as {odd[0]}")
-        for name, parameter in own.items():
-            if new[name].shape != parameter.shape:
-                raise ModelError(
-                    f"{name} has shape {list(new[name].shape)} in the new weights and {list(parameter.shape)} in the "
-                    "model; an engine keeps one shape, make a new one"
-                )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                if new[name].data_ptr() != parameter.data_ptr():
-                    parameter.copy_(new[name])
-        with self._inference():
-            self._recompute()
+        self.runner.load(weights)
+        self.version += 1
+        self._stamp = weights_stamp(self.runner.model)
+        if recompute:
+            self.scheduler.restart()
+        else:
+            self.pool.forget_all()
+
+    # ------------------------------------------------------------ a step
 
     def _advance(self) -> None:
-        for batch in _batches(self._admit()):
-            self._prefill(batch)
-        if self._rows.num:
-            self._decode()
+        self._expire()
+        self.scheduler.admit()
+        plan = self.scheduler.plan()
+        if not len(plan.rows):
+            return
+        plan, output, failed = self._compute(plan)
+        broken = [(self.rows.requests[row].id, reason) for row, reason in failed]
+        if output is not None:
+            self._commit(plan, output, self.version)
+        for name, reason in broken:
+            self._retire(self.rows.index[name], "error", reason, False)
 
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        """Inference mode, and evaluation mode for a model that is in training otherwise."""
-        training = self.model.training
-        if training:
-            self.model.eval()
+    def _compute(self, plan: Plan) -> tuple[Plan, StepOutput | None, list[tuple[int, str]]]:
+        """The plan as it could be computed, its output, and the rows that no memory was left for, with the reason."""
         try:
-            with torch.inference_mode():
-                yield
-        finally:
-            if training:
-                self.model.train()
+            return plan, self.runner.run(self.scheduler.batch(plan)), []
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error)
+        if len(plan.rows) == 1:
+            name = self.rows.requests[int(plan.rows[0])].id
+            text = f"no memory to compute {int(plan.counts[0]):,} tokens of request {name} ({reason}); shorten it"
+            return plan.part(slice(0, 0)), None, [(int(plan.rows[0]), text)]
+        half = len(plan.rows) // 2
+        parts = [self._compute(plan.part(slice(0, half))), self._compute(plan.part(slice(half, None)))]
+        whole, output = merged([(part, output) for part, output, _ in parts])
+        return whole, output, parts[0][2] + parts[1][2]
 
-    def _admit(self) -> list[tuple[Request, Ints]]:
-        """Takes waiting requests, first come first served, as slots and the step's prompt tokens allow."""
-        admitted: list[tuple[Request, Ints]] = []
-        seen: set[bytes] = set()
-        num_tokens = 0
-        while self._waiting and self._rows.num + len(admitted) < self.slots:
-            prompt = self._waiting[0][1]
-            key = prompt.tobytes()
-            if key not in seen:
-                seen.add(key)
-                num_tokens += len(prompt)
-                if admitted and num_tokens > MAX_PREFILL_TOKENS:
-                    break
-            admitted.append(self._waiting.popleft())
-        return admitted
+    def _expire(self) -> None:
+        now = self._clock()
+        for entry in self.scheduler.queue.expired(now):
+            self._finished[entry.request.id] = (_ended(entry, "deadline"), 0)
+            self._live.discard(entry.request.id)
+        late = np.flatnonzero(self.rows.state["deadline"][: self.rows.num] <= now)
+        for row in late[::-1].tolist():
+            self._retire(row, "deadline", None, False)
 
-    def _prefill(self, batch: list[tuple[Request, Ints]]) -> None:
-        """Computes the prompts of `batch` (equal ones once) and draws the first token of each."""
-        first = self._rows.num
-        unique: dict[bytes, int] = {}
-        prompts: list[Ints] = []
-        source: list[int] = []
-        for _, prompt in batch:
-            key = prompt.tobytes()
-            if key not in unique:
-                unique[key] = len(prompts)
-                prompts.append(prompt)
-            source.append(unique[key])
-        hidden = self._forward_prompts(first, prompts, source)
-        for request, prompt in batch:
-            self._rows.add(request, prompt)
-        self._rules = None
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self._device)
-        logits = self.model.logits(hidden[torch.arange(len(prompts), device=self._device), last])
-        if len(prompts) < len(batch):
-            logits = logits[torch.tensor(source, device=self._device)]
-        rows = slice(first, first + len(batch))
-        self._commit(rows, logits, rules_of(self._rows.state[rows], self._device))
+    def _retire(self, row: int, reason: FinishReason, error: str | None, broken: bool) -> None:
+        """Ends a row's reply; its place is filled by the last row."""
+        name = self.rows.requests[row].id
+        completion = self.rows.completion(row, reason, error=error)
+        reported = int(self.rows.state["reported"][row] - self.rows.state["prompt"][row])
+        self._finished[name] = (completion, reported)
+        self._live.discard(name)
+        self.scheduler.release(row, broken=broken)
 
-    def _forward_prompts(self, first_row: int, prompts: Sequence[Ints], source: list[int]) -> Tensor:
-        """Fills the cache rows from `first_row` on; hidden states [prompts, longest, D]."""
-        lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
-        tokens = np.empty((len(prompts), longest), np.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-            # Padding repeats the prompt's own token, so that a broken embedding spoils no other request.
-            tokens[row, len(prompt) :] = prompt[-1]
-        shared = None if len(source) == len(prompts) else source
-        self._cache.begin_prefill(first_row, longest, shared, len(source))
-        positions = torch.arange(longest, device=self._device).expand(len(prompts), longest)
-        hidden: Tensor = self.model(torch.from_numpy(tokens).to(self._device), positions, self._cache)
-        return hidden
+    def _report(self, row: int, known: int) -> Piece:
+        state = self.rows.state
+        prompt, reported = int(state["prompt"][row]), int(state["reported"][row])
+        whole = self.rows.completion(row, "length", start=reported, stop=known)
+        state["reported"][row] = known
+        left = None
+        if state["budget"][row] != NO_BUDGET:
+            thinks = state["phase"][row] <= THINKING
+            left = max(0, int(state["budget"][row] - state["reasoning"][row])) if thinks else 0
+        return _piece(self.rows.requests[row].id, whole, 0, None, left, first=reported == prompt)
 
-    def _decode(self) -> None:
-        rows = slice(0, self._rows.num)
-        state = self._rows.state[rows]
-        if self._rules is None:
-            self._rules = rules_of(state, self._device)
-        positions = state["position"].copy()
-        tokens = torch.from_numpy(state["last"].copy()).to(self._device)
-        self._cache.begin_decode(positions)
-        hidden = self.model(
-            tokens[:, None], torch.from_numpy(positions).to(self._device)[:, None], self._cache
-        )
-        state["position"] += 1
-        self._commit(rows, self.model.logits(hidden[:, 0]), self._rules)
-
-    def _commit(self, rows: slice, logits: Tensor, rules: Rules) -> None:
-        """Draws a token for each of `rows` and retires the replies that this ends."""
-        state = self._rows.state[rows]
-        uniform = torch.from_numpy(uniforms(state["seed"], state["length"])).to(self._device)
-        draw = sample(logits, rules, uniform)
-        ids, forced, stopped = self._rows.decide(rows, draw.ids.cpu().numpy())
-        wanted = None
-        if state["logprobs"].any():
-            final = torch.from_numpy(ids).to(self._device) if forced.any() else draw.ids
-            wanted = logprobs(logits, final, draw.log_total).cpu().numpy()
-        sound = draw.sound.cpu().numpy()
-        full = self._rows.append(rows, ids, forced, wanted)
-        ended = stopped | full | ~sound
-        for offset in np.flatnonzero(ended)[::-1].tolist():  # downwards: the last row fills a gap
-            row = rows.start + offset
-            if not sound[offset]:
-                self._fail(row)
-            else:
-                self._finish(row, "stop" if stopped[offset] else "length")
-
-    def _fail(self, row: int) -> None:
-        state = self._rows.state[row]
-        state["length"] -= 1  # the token drawn from NaN is none
-        reason = (
-            f"the model gave NaN or infinite logits at position {int(state['position'])} of request "
-            f"{self._rows.requests[row].id}; check the weights, or the precision they are kept in"
-        )
-        self._cache.wipe(row)
-        self._finish(row, "error", reason)
-
-    def _finish(self, row: int, reason: FinishReason, error: str | None = None) -> None:
-        name = self._rows.requests[row].id
-        reported = int(self._rows.state[row]["reported"])
-        self._finished[name] = (self._rows.completion(row, reason, error=error), reported)
-        self._release(row)
-
-    def _release(self, row: int) -> None:
-        self._live.discard(self._rows.requests[row].id)
-        last = self._rows.release(row)
-        if row != last:
-            self._cache.move(last, row, int(self._rows.state[row]["position"]))
-        self._rules = None
-
-    def _recompute(self) -> None:
-        """Fills the cache anew for the running rows."""
-        row = 0
-        while row < self._rows.num:
-            contexts = [self._rows.context(row)]
-            while row + len(contexts) < self._rows.num:
-                context = self._rows.context(row + len(contexts))
-                longest = max(len(context), *(len(other) for other in contexts))
-                if longest * (len(contexts) + 1) > MAX_PREFILL_TOKENS:
-                    break
-                contexts.append(context)
-            self._forward_prompts(row, contexts, list(range(len(contexts))))
-            row += len(contexts)
+    def _check(self, request: Request, length: int) -> None:
+        if request.id in self._live:
+            raise ModelError(f"request id {request.id!r} is in use by an unfinished request; choose another")
+        params = request.params
+        if params.thinking_budget is not None and self._thinking is None:
+            raise ModelError(
+                f"request {request.id} has thinking_budget {params.thinking_budget}, but the tokenizer has no "
+                f"{THINK}; leave the budget out"
+            )
+        if request.adapter and request.adapter not in self.scheduler.adapters:
+            known = ", ".join(self.scheduler.adapters) or "none"
+            raise ModelError(f"request {request.id} asks for adapter {request.adapter!r}; loaded: {known}")
+        if request.timeout_seconds is not None and not request.timeout_seconds > 0:
+            raise ModelError(
+                f"request {request.id} has timeout_seconds {request.timeout_seconds}; it must be above 0"
+            )
+        room = (self.pool.num_pages - 1) * PAGE
+        if length + params.max_tokens > room:
+            raise ModelError(
+                f"request {request.id} needs {length + params.max_tokens:,} tokens of cache, there is room for "
+                f"{room:,}; lower max_tokens or make the engine with more cache_tokens"
+            )
 
 
-def _batches(admitted: list[tuple[Request, Ints]]) -> Iterator[list[tuple[Request, Ints]]]:
-    """Requests of similar prompt lengths together, equal prompts side by side."""
-    batch: list[tuple[Request, Ints]] = []
-    for entry in sorted(admitted, key=lambda entry: (len(entry[1]), entry[1].tobytes())):
-        if batch and len(entry[1]) > 1.5 * len(batch[0][1]) + 32:
-            yield batch
-            batch = []
-        batch.append(entry)
-    if batch:
-        yield batch
+def _ended(entry: Entry, reason: FinishReason) -> Completion:
+    """What a request that waits has so far."""
+    if entry.resumed is not None:
+        return msgspec.structs.replace(entry.resumed.completion, finish_reason=reason)
+    return Completion(tokens=[], logprobs=[], forced=[], finish_reason=reason)
 
 
-def _piece(name: str, completion: Completion, start: int, reason: FinishReason | None) -> Piece:
+def _piece(
+    name: str,
+    completion: Completion,
+    start: int,
+    reason: FinishReason | None,
+    left: int | None = None,
+    *,
+    first: bool | None = None,
+) -> Piece:
+    """The tokens of a completion from `start` on; what is said once goes with the first."""
+    first = start == 0 if first is None else first
     return Piece(
         id=name,
         tokens=completion.tokens[start:],
@@ -350,5 +327,10 @@ def _piece(name: str, completion: Completion, start: int, reason: FinishReason |
         forced=completion.forced[start:],
         finish_reason=reason,
         reasoning_tokens=completion.num_reasoning_tokens,
+        reasoning_left=left,
+        cached_tokens=completion.num_cached_tokens,
+        version=completion.version,
+        top_logprobs=completion.top_logprobs[start:] or None,
+        prompt_logprobs=(completion.prompt_logprobs or None) if first else None,
         error=completion.error,
     )

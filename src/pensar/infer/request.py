@@ -12,10 +12,14 @@ from pensar.base.errors import ModelError
 
 Ints = npt.NDArray[np.int64]
 
-FinishReason = Literal["stop", "length", "error", "abort"]
-"""A stop token, the limit of tokens, a failure of this request alone, or taken out by the caller."""
+FinishReason = Literal["stop", "length", "error", "abort", "deadline"]
+"""A stop token, the limit of tokens, a failure of this request alone, taken out by the caller, or out of time."""
+
+TopLogprobs = list[tuple[int, float]]
+"""The likeliest tokens at one place with their log-probabilities, the likeliest first."""
 
 MAX_SEED = 2**63 - 1
+MAX_TOP_LOGPROBS = 20
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +43,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Reasoning tokens after which the thinking is closed by the stop sentence; None for no limit."""
     logprobs: bool = False
     """Report each token's log-probability."""
+    top_logprobs: int = 0
+    """Report so many of the likeliest tokens at every place; implies `logprobs`."""
+    prompt_logprobs: bool = False
+    """Report the log-probability of every token of the prompt as well; its beginning is then computed anew."""
+    ignore_eos: bool = False
+    """Only stop_ids and max_tokens end the reply, not the tokenizer's ends of turn and text."""
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -47,6 +57,16 @@ class Request(msgspec.Struct, frozen=True):
     id: str
     tokens: Sequence[int]
     params: SamplingParams
+    adapter: str = ""
+    """Name of a LoRA adapter that the engine has loaded; empty for the model itself."""
+    user: str = ""
+    """Whom the engine is fair to: while several wait, the one served least is next."""
+    priority: int = 0
+    """Lower numbers go first, and may take the place of running requests with higher ones."""
+    timeout_seconds: float | None = None
+    """Time after submission at which the request ends as it is, with finish_reason "deadline"."""
+    salt: str = ""
+    """Only requests with equal salts share what is in the cache, so that its speed tells nobody of others' texts."""
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +82,16 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None
     reasoning_tokens: int
     """Sampled inside the thinking block since the request began; the tags do not count."""
+    reasoning_left: int | None = None
+    """What is left of the thinking budget; None without one."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were in the cache already."""
+    version: int = 0
+    """Of the weights that `tokens` were drawn from: how often the engine had loaded new ones."""
+    top_logprobs: list[TopLogprobs] | None = None
+    """Per token of `tokens`; None unless asked for."""
+    prompt_logprobs: list[float] | None = None
+    """Of every token of the prompt, 0 for the first; in a request's first piece alone, where asked for."""
     error: str | None = None
     """Why the request failed, where finish_reason is "error"."""
 
@@ -75,6 +105,11 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     forced: list[bool]
     finish_reason: FinishReason
     num_reasoning_tokens: int = 0
+    num_cached_tokens: int = 0
+    version: int = 0
+    """Of the weights that the last token was drawn from."""
+    top_logprobs: list[TopLogprobs] = msgspec.field(default_factory=list)
+    prompt_logprobs: list[float] = msgspec.field(default_factory=list)
     error: str | None = None
 
 
@@ -118,6 +153,7 @@ def _check_params(name: str, params: SamplingParams, vocab_size: int) -> None:
         ("top_p", params.top_p, 0, 1),
         ("min_p", params.min_p, 0, 1),
         ("seed", params.seed, 0, MAX_SEED),
+        ("top_logprobs", params.top_logprobs, 0, MAX_TOP_LOGPROBS),
     ]
     if params.thinking_budget is not None:
         limits.append(("thinking_budget", params.thinking_budget, 0, math.inf))

@@ -1,31 +1,50 @@
-"""RunningRows: the running requests as arrays, one row each, so that a step costs no Python per row."""
+"""RunningRows: the running requests as arrays, one row each, so that a step costs no Python per row.
 
-from typing import TypeVar
+Everything about a token stands at its place in the text, which is the prompt and then the reply.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from pensar.infer.budget import ANSWER, NO_BUDGET, NOT_FORCED, Bools, Thinking
-from pensar.infer.request import Completion, FinishReason, Ints, Request
+from pensar.infer.budget import ANSWER, NO_BUDGET, Bools, Index, Thinking
+from pensar.infer.queue import Entry, Resumed
+from pensar.infer.request import Completion, FinishReason, Ints, Request, TopLogprobs
+from pensar.infer.step import PAGE
+
+if TYPE_CHECKING:
+    from pensar.infer.constraint import Constraint
 
 FIELDS = np.dtype(
     [
-        ("position", np.int64),  # tokens in the cache, which is where the last token goes
-        ("last", np.int64),  # the newest token, not yet in the cache
-        ("length", np.int64),  # tokens of the reply
-        ("reported", np.int64),  # tokens of the reply that the caller has seen
-        ("max_tokens", np.int64),
+        ("prompt", np.int64),  # tokens of the prompt
+        ("total", np.int64),  # tokens of the text: prompt and reply
+        ("computed", np.int64),  # of them in the cache; at least one is not
+        ("reported", np.int64),  # tokens of the text that the caller has seen or knows
+        ("limit", np.int64),  # tokens of the text at which it ends
+        ("num_pages", np.int64),
+        ("published", np.int64),  # full pages whose content other requests may share
+        ("cached", np.int64),  # tokens of the prompt that were in the cache already
         ("phase", np.int64),
         ("reasoning", np.int64),
         ("budget", np.int64),
-        ("forced_at", np.int64),  # next place in the stop sentence
         ("top_k", np.int64),
         ("seed", np.uint64),
         ("temperature", np.float64),
         ("top_p", np.float64),
         ("min_p", np.float64),
-        ("logprobs", np.int64),
-    ]
+        ("logprobs", np.bool_),
+        ("every", np.bool_),  # logits of all its tokens are wanted
+        ("follows", np.bool_),  # waits for a row with the same prompt
+        ("adapter", np.int64),
+        ("priority", np.int64),
+        ("user", np.int64),
+        ("arrival", np.int64),
+        ("deadline", np.float64),
+    ],
+    align=True,
 )
 NO_TOKEN = -1
 
@@ -38,92 +57,188 @@ class RunningRows:
     def __init__(self, slots: int, thinking: Thinking | None, end_ids: tuple[int, ...]) -> None:
         self.num = 0
         self.requests: list[Request] = []
-        self.prompts: list[Ints] = []
+        self.index: dict[str, int] = {}
+        """Row of each running request."""
+        self.keys: list[list[bytes]] = []
+        """Of each row the key that its first page follows, then those of its published pages."""
+        self.constraints: list[Constraint | None] = []
+        self.tops: list[list[TopLogprobs] | None] = []
         self.state = np.zeros(slots, FIELDS)
         self.tokens: Ints = np.zeros((slots, 0), np.int64)
         self.logprobs: npt.NDArray[np.float32] = np.zeros((slots, 0), np.float32)
         self.forced: Bools = np.zeros((slots, 0), np.bool_)
+        self.versions: npt.NDArray[np.int32] = np.zeros((slots, 0), np.int32)
+        self.pages: Ints = np.zeros((slots, 0), np.int64)
         self._stops: Ints = np.full((slots, max(len(end_ids), 1)), NO_TOKEN)
         self._end_ids = end_ids
         self._thinking = thinking
 
-    def add(self, request: Request, prompt: Ints) -> None:
-        params, row = request.params, self.num
-        state = self.state[row]
-        state["position"], state["last"] = len(prompt), NO_TOKEN
-        state["length"] = state["reported"] = state["reasoning"] = 0
+    def add(
+        self, entry: Entry, keys: list[bytes], adapter: int, user: int, constraint: "Constraint | None"
+    ) -> int:
+        """A new last row; nothing of its text is in the cache yet."""
+        request, prompt, row = entry.request, entry.prompt, self.num
+        params = request.params
+        self._widen(len(prompt) + params.max_tokens)
+        state = self.state[row : row + 1]
+        state["prompt"] = state["total"] = state["reported"] = len(prompt)
+        state["limit"] = len(prompt) + params.max_tokens
+        state["computed"] = state["num_pages"] = state["published"] = state["cached"] = state["reasoning"] = 0
         state["phase"] = ANSWER if self._thinking is None else self._thinking.phase_of(prompt)
         state["budget"] = NO_BUDGET if params.thinking_budget is None else params.thinking_budget
-        state["forced_at"] = NOT_FORCED
-        for field in ("max_tokens", "top_k", "seed", "temperature", "top_p", "min_p", "logprobs"):
+        for field in ("top_k", "seed", "temperature", "top_p", "min_p"):
             state[field] = getattr(params, field)
-        stops = (*self._end_ids, *params.stop_ids)
+        state["logprobs"] = params.logprobs or params.top_logprobs > 0
+        state["every"], state["follows"] = params.prompt_logprobs, False
+        state["adapter"], state["user"], state["priority"] = adapter, user, request.priority
+        state["arrival"], state["deadline"] = entry.arrival, entry.deadline
+        self.tokens[row, : len(prompt)] = prompt
+        stops = (*(() if params.ignore_eos else self._end_ids), *params.stop_ids)
         self._stops = _widened(self._stops, len(stops), NO_TOKEN)
         self._stops[row] = NO_TOKEN
         self._stops[row, : len(stops)] = stops
-        self.tokens = _widened(self.tokens, params.max_tokens, 0)
-        self.logprobs = _widened(self.logprobs, params.max_tokens, 0)
-        self.forced = _widened(self.forced, params.max_tokens, 0)
         self.requests.append(request)
-        self.prompts.append(prompt)
+        self.index[request.id] = row
+        self.keys.append(keys)
+        self.constraints.append(constraint)
+        self.tops.append([] if params.top_logprobs else None)
         self.num += 1
+        if entry.resumed is not None:
+            self._restore(row, entry.resumed)
+        if entry.budget is not None:
+            state["budget"] = entry.budget
+        return row
 
-    def decide(self, rows: slice, ids: Ints) -> tuple[Ints, Bools, Bools]:
-        """What the sampled ids of `rows` become: ids, which are forced, and which end their reply."""
-        state = self.state[rows]
-        forced = np.zeros(len(ids), np.bool_)
-        if self._thinking is not None:
-            ids, forced = self._thinking.force(state, ids)
-        stopped: Bools = (ids[:, None] == self._stops[rows]).any(1) & ~forced
-        if self._thinking is not None:
-            self._thinking.count(state, ids, forced | stopped)
-        return ids, forced, stopped
+    def resumed(self, row: int) -> Resumed:
+        """What has to be kept of a row that is to go on later."""
+        total = int(self.state["total"][row])
+        start = int(self.state["prompt"][row])
+        return Resumed(
+            self.completion(row, "abort"),
+            self.state[row].copy(),
+            self.versions[row, start:total].copy(),
+        )
 
-    def append(
-        self, rows: slice, ids: Ints, forced: Bools, logprobs: npt.NDArray[np.float32] | None
-    ) -> Bools:
-        """Adds one token to each of `rows`; returns which replies are full."""
-        state = self.state[rows]
-        numbers, at = np.arange(rows.start, rows.stop), state["length"]
+    def stopped(self, rows: Index, ids: Ints) -> Bools:
+        """Whether each id is one that ends its row's reply."""
+        found: Bools = (ids[:, None] == self._stops[rows]).any(1)
+        return found
+
+    def append(self, rows: Index, ids: Ints, version: int) -> None:
+        """One sampled token to the text of each of `rows`."""
+        numbers = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        at = self.state["total"][numbers]
         self.tokens[numbers, at] = ids
-        self.forced[numbers, at] = forced
-        if logprobs is not None:
-            self.logprobs[numbers, at] = logprobs
-        state["last"] = ids
-        state["length"] += 1
-        full: Bools = state["length"] >= state["max_tokens"]
-        return full
+        self.forced[numbers, at] = False
+        self.versions[numbers, at] = version
+        self.state["total"][numbers] = at + 1
+
+    def append_forced(self, row: int, ids: Ints, version: int) -> int:
+        """As many of `ids` as the limit allows, in place of what the model would have said; returns how many."""
+        start = int(self.state["total"][row])
+        count = min(len(ids), int(self.state["limit"][row]) - start)
+        self.tokens[row, start : start + count] = ids[:count]
+        self.forced[row, start : start + count] = True
+        self.versions[row, start : start + count] = version
+        self.state["total"][row] = start + count
+        return count
 
     def completion(
-        self, row: int, reason: FinishReason, *, error: str | None = None, start: int = 0
+        self,
+        row: int,
+        reason: FinishReason,
+        *,
+        error: str | None = None,
+        start: int | None = None,
+        stop: int | None = None,
     ) -> Completion:
-        """The reply of a row so far, from its token `start` on."""
-        state = self.state[row]
-        length = int(state["length"])
+        """The reply of a row so far, or its part between two places of the text."""
+        state, request = self.state[row], self.requests[row]
+        prompt = int(state["prompt"])
+        start = prompt if start is None else start
+        stop = int(state["total"]) if stop is None else stop
+        tops = self.tops[row]
         return Completion(
-            tokens=self.tokens[row, start:length].tolist(),
-            logprobs=self.logprobs[row, start:length].tolist() if state["logprobs"] else [],
-            forced=self.forced[row, start:length].tolist(),
+            tokens=self.tokens[row, start:stop].tolist(),
+            logprobs=self.logprobs[row, start:stop].tolist() if state["logprobs"] else [],
+            forced=self.forced[row, start:stop].tolist(),
             finish_reason=reason,
             num_reasoning_tokens=int(state["reasoning"]),
+            num_cached_tokens=int(state["cached"]),
+            version=int(self.versions[row, stop - 1]) if stop > prompt else 0,
+            top_logprobs=[] if tops is None else tops[start - prompt : stop - prompt],
+            prompt_logprobs=self.logprobs[row, :prompt].tolist() if request.params.prompt_logprobs else [],
             error=error,
         )
 
-    def context(self, row: int) -> Ints:
-        """The tokens of a row that the cache holds: prompt and reply without its newest token."""
-        return np.concatenate((self.prompts[row], self.tokens[row, : int(self.state[row]["length"]) - 1]))
+    def text(self, row: int) -> Ints:
+        """The tokens of a row, prompt and reply; a view."""
+        return self.tokens[row, : int(self.state["total"][row])]
 
-    def release(self, row: int) -> int:
-        """Drops a row; returns the row that now has to move into its place in the cache (itself: none)."""
+    def give_pages(self, row: int, pages: Sequence[int]) -> None:
+        """More pages at the end of a row's."""
+        have = int(self.state["num_pages"][row])
+        self.pages[row, have : have + len(pages)] = pages
+        self.state["num_pages"][row] = have + len(pages)
+
+    def take_pages(self, row: int) -> list[int]:
+        """All pages of a row, which has none of its text in the cache any more."""
+        have = int(self.state["num_pages"][row])
+        pages: list[int] = self.pages[row, :have].tolist()
+        state = self.state[row : row + 1]
+        state["num_pages"] = state["computed"] = state["published"] = 0
+        del self.keys[row][1:]
+        return pages
+
+    def release(self, row: int) -> None:
+        """Drops a row."""
         last = self.num - 1
+        lists: tuple[list[Any], ...] = (self.requests, self.keys, self.constraints, self.tops)
+        del self.index[self.requests[row].id]
         if row != last:
-            for array in (self.state, self.tokens, self.logprobs, self.forced, self._stops):
-                array[row] = array[last]
-            self.requests[row], self.prompts[row] = self.requests[last], self.prompts[last]
-        self.requests.pop()
-        self.prompts.pop()
+            total, pages = int(self.state["total"][last]), int(self.state["num_pages"][last])
+            self.state[row] = self.state[last]
+            self._stops[row] = self._stops[last]
+            for array in (self.tokens, self.logprobs, self.forced, self.versions):
+                array[row, :total] = array[last, :total]
+            self.pages[row, :pages] = self.pages[last, :pages]
+            for values in lists:
+                values[row] = values[last]
+            self.index[self.requests[row].id] = row
+        for values in lists:
+            values.pop()
         self.num = last
-        return last
+
+    def _restore(self, row: int, resumed: Resumed) -> None:
+        """The reply that a preempted request had."""
+        reply, start = resumed.completion, int(self.state["prompt"][row])
+        stop = start + len(reply.tokens)
+        self.tokens[row, start:stop] = reply.tokens
+        self.forced[row, start:stop] = reply.forced
+        self.versions[row, start:stop] = resumed.versions
+        if reply.logprobs:
+            self.logprobs[row, start:stop] = reply.logprobs
+        if reply.prompt_logprobs:
+            self.logprobs[row, :start] = reply.prompt_logprobs
+        for field in ("reported", "phase", "reasoning", "budget", "cached"):
+            self.state[field][row] = resumed.state[field]
+        self.state["total"][row] = stop
+        # The prompt's own are known where anything of the reply is.
+        self.state["every"][row] = bool(resumed.state["every"]) and stop == start
+        if self.tops[row] is not None:
+            self.tops[row] = list(reply.top_logprobs)
+        # Log-probabilities of forced tokens may not have been computed yet.
+        known = int(resumed.state["computed"]) + 1
+        if self.state["logprobs"][row] and known < stop:
+            self.state["every"][row] = True
+
+    def _widen(self, length: int) -> None:
+        self.tokens = _widened(self.tokens, length, 0)
+        width = self.tokens.shape[1]
+        self.logprobs = _widened(self.logprobs, width, 0)
+        self.forced = _widened(self.forced, width, 0)
+        self.versions = _widened(self.versions, width, 0)
+        self.pages = _widened(self.pages, -(-width // PAGE), 0)
 
 
 def _widened(array: npt.NDArray[Scalar], width: int, fill: int) -> npt.NDArray[Scalar]:

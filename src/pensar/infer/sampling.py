@@ -2,7 +2,9 @@
 
 The inverse of the cumulative distribution is taken at one uniform number per row (13 times as fast as
 torch.multinomial at 64 x 2,048). The number is a hash of the request's seed and the token's index, so a draw depends
-on nothing else in the batch. Shape legend: N rows, V vocabulary, R filtered rows, k kept candidates.
+on nothing else in the batch. Filtered rows look at their leading tokens only, as many as their filters turn out to
+need, and equal logits are ordered by id: what a row draws does not depend on how many of them were looked at.
+Shape legend: N rows, V vocabulary, R filtered rows, k leading tokens.
 """
 
 import math
@@ -24,6 +26,28 @@ UNIFORM_BITS = 23
 MAX_BLOCK, MIN_BLOCK = 64, 16
 """Sizes of the blocks of the vocabulary that the search looks at first; the largest common power of two is taken."""
 
+MARGIN = 8
+"""Leading tokens beyond top-k, so that equal logits at its limit are seen to be equal."""
+
+NO_LIMIT = np.iinfo(np.int64).max
+
+FIRST_LOOK, LOOK_GROWTH = 256, 16
+"""Leading tokens that top-p or min-p without top-k begin with, and how many times as many are next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Temperature, top-k (NO_LIMIT for none), top-p and min-p, each [R, 1], of the rows that have any filter."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+    def of(self, rows: Tensor) -> "Filters":
+        """Those of some of the rows."""
+        return Filters(self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows])
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -36,11 +60,11 @@ class Rules:
     """None when every row has temperature 1."""
     filtered: Tensor | None
     """Indices [R] of the rows with top-k, top-p or min-p; None when there are none."""
-    top_k_R1: Tensor
-    top_p_R1: Tensor
-    min_p_R1: Tensor
+    filters: Filters
+    needs_total: bool
+    """Whether some row needs the sum over the whole vocabulary: one without filters, or with top-p alone."""
     max_k: int
-    """Candidates that the filters need, at most; 0 for the whole vocabulary."""
+    """The largest top-k where every filtered row has one; 0 otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +88,19 @@ def rules_of(rows: Rows, device: torch.device) -> Rules:
     def column(values: npt.NDArray[np.generic], dtype: torch.dtype) -> Tensor:
         return torch.tensor(np.ascontiguousarray(values), dtype=dtype, device=device)[:, None]
 
+    whole = (chosen["top_k"] == 0) & (chosen["top_p"] < 1)
     return Rules(
         greedy=torch.tensor(greedy, device=device) if greedy.any() else None,
         all_greedy=bool(greedy.all()),
         temperature_N1=column(temperature, torch.float32) if (temperature != 1).any() else None,
         filtered=torch.tensor(np.flatnonzero(filters), device=device) if filters.any() else None,
-        top_k_R1=column(chosen["top_k"], torch.int64),
-        top_p_R1=column(chosen["top_p"], torch.float32),
-        min_p_R1=column(chosen["min_p"], torch.float32),
+        filters=Filters(
+            column(chosen["temperature"], torch.float32),
+            column(np.where(chosen["top_k"] > 0, chosen["top_k"], NO_LIMIT), torch.int64),
+            column(chosen["top_p"], torch.float32),
+            column(chosen["min_p"], torch.float32),
+        ),
+        needs_total=bool((sampled & ~filters).any() or whole.any()),
         max_k=int(chosen["top_k"].max()) if len(chosen) and (chosen["top_k"] > 0).all() else 0,
     )
 
@@ -80,20 +109,24 @@ def sample(logits_NV: Tensor, rules: Rules, uniform_N: Tensor) -> Draw:
     """One token per row; `uniform_N` as `uniforms` makes them."""
     logits_NV = logits_NV.float()
     if rules.all_greedy:
-        top_N, ids = logits_NV.max(-1)
+        top_N, ids = _largest(logits_NV)
         return Draw(ids, top_N.isfinite(), None)
     top_N1 = logits_NV.amax(-1, keepdim=True)
-    scaled_NV = logits_NV - top_N1
-    if rules.temperature_N1 is not None:
-        scaled_NV /= rules.temperature_N1
-    kept = scaled_NV[rules.filtered] if rules.filtered is not None else None
-    ids, total_N = _invert(scaled_NV.exp_(), uniform_N)
-    if kept is not None and rules.filtered is not None:
-        ids[rules.filtered] = _sample_filtered(kept, rules, uniform_N[rules.filtered])
+    total_N: Tensor | None = None
+    if rules.needs_total:
+        scaled_NV = logits_NV - top_N1
+        if rules.temperature_N1 is not None:
+            scaled_NV /= rules.temperature_N1
+        ids, total_N = _invert(scaled_NV.exp_(), uniform_N)
+    else:
+        ids = torch.zeros(len(logits_NV), dtype=torch.int64, device=logits_NV.device)
+    if rules.filtered is not None:
+        ids[rules.filtered] = _draw_filtered(logits_NV, top_N1, total_N, rules, uniform_N)
     if rules.greedy is not None:
-        ids = torch.where(rules.greedy, logits_NV.argmax(-1), ids)
+        ids = torch.where(rules.greedy, _largest(logits_NV)[1], ids)
     top_N = top_N1[:, 0]
-    return Draw(ids, top_N.isfinite(), None if rules.temperature_N1 is not None else top_N + total_N.log())
+    known = total_N is not None and rules.temperature_N1 is None
+    return Draw(ids, top_N.isfinite(), top_N + total_N.log() if known and total_N is not None else None)
 
 
 def logprobs(logits_NV: Tensor, ids_N: Tensor, log_total_N: Tensor | None) -> Tensor:
@@ -102,6 +135,15 @@ def logprobs(logits_NV: Tensor, ids_N: Tensor, log_total_N: Tensor | None) -> Te
     if log_total_N is None:
         log_total_N = logits_NV.logsumexp(-1)
     return logits_NV.gather(-1, ids_N[:, None])[:, 0] - log_total_N
+
+
+def top_logprobs(logits_NV: Tensor, k: int, log_total_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Ids [N, k] and log-probabilities [N, k] of each row's likeliest tokens, the likeliest first, equal ones by id."""
+    logits_NV = logits_NV.float()
+    if log_total_N is None:
+        log_total_N = logits_NV.logsumexp(-1)
+    values_Nk, ids_Nk = _leading(logits_NV, k + MARGIN)
+    return ids_Nk[:, :k], values_Nk[:, :k] - log_total_N[:, None]
 
 
 def uniforms(seeds: npt.NDArray[np.uint64], indices: Ints) -> npt.NDArray[np.float32]:
@@ -151,17 +193,92 @@ def _search(weights_NV: Tensor, uniform_N: Tensor) -> tuple[Tensor, Tensor]:
     return ids.clamp_(max=weights_NV.shape[-1] - 1), total_N1[:, 0]
 
 
-def _sample_filtered(scaled_RV: Tensor, rules: Rules, uniform_R: Tensor) -> Tensor:
-    """Draws among the candidates that survive top-k, top-p (of what top-k left) and min-p, most likely first."""
-    vocabulary = scaled_RV.shape[-1]
-    num_candidates = min(rules.max_k, vocabulary) if rules.max_k else vocabulary
-    values_Rk, candidates_Rk = scaled_RV.topk(num_candidates, dim=-1)
-    rank = torch.arange(num_candidates, device=scaled_RV.device)
-    limit_R1 = torch.where(rules.top_k_R1 > 0, rules.top_k_R1, vocabulary)
-    weights_Rk = values_Rk.exp().masked_fill(rank >= limit_R1, 0.0)
-    cumulative_Rk = weights_Rk.cumsum(-1)
-    before_Rk = (cumulative_Rk - weights_Rk) / cumulative_Rk[:, -1:]
-    dropped = (before_Rk >= rules.top_p_R1) | (weights_Rk < rules.min_p_R1 * weights_Rk[:, :1])
+def _largest(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row and the first id that has it, by blocks (5 times as fast as torch.max)."""
+    num_rows, vocabulary = logits_NV.shape
+    size = math.gcd(vocabulary, 128)
+    if size < MIN_BLOCK:
+        top_N, ids = logits_NV.max(-1)
+        return top_N, ids
+    blocks = logits_NV.reshape(num_rows, -1, size)
+    maxima = blocks.amax(-1)
+    block_N = maxima.argmax(-1)
+    rows = torch.arange(num_rows, device=logits_NV.device)
+    return maxima[rows, block_N], block_N * size + blocks[rows, block_N].argmax(-1)
+
+
+def _leading(logits_NV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest logits [N, k] of each row, the largest first, and their ids; equal ones by id.
+
+    They stand in at most `count` groups of tokens, those with the largest maxima, and only these groups are looked
+    into; where groups have equal maxima, others of those equal to the last logit may come out.
+    """
+    num_rows, vocabulary = logits_NV.shape
+    count = min(count, vocabulary)
+    size = math.gcd(vocabulary, 2 ** int(math.log2(max(1.0, math.sqrt(vocabulary / count)))))
+    if size < 4:
+        inside, ids = logits_NV, torch.arange(vocabulary, device=logits_NV.device).expand(num_rows, -1)
+    else:
+        groups = logits_NV.reshape(num_rows, size, -1)  # a token's group is its id modulo their number
+        chosen = groups.amax(1).topk(count, sorted=False).indices[:, None].expand(-1, size, -1)
+        inside = groups.gather(2, chosen).flatten(1)
+        first = torch.arange(size, device=logits_NV.device)[:, None] * groups.shape[2]
+        ids = (first + chosen).flatten(1)
+    # Floats as integers of the same order, with the id below: one number says which of two tokens goes first.
+    bits = inside.contiguous().view(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    best = ((bits.long() << 32) + (0xFFFFFFFF - ids)).topk(count).values
+    ids = 0xFFFFFFFF - (best & 0xFFFFFFFF)
+    return logits_NV.gather(1, ids), ids
+
+
+def _draw_filtered(
+    logits_NV: Tensor, top_N1: Tensor, total_N: Tensor | None, rules: Rules, uniform_N: Tensor
+) -> Tensor:
+    """Draws [R] among the tokens that survive top-k, top-p (of what top-k left) and min-p, most likely first."""
+    rows, filters = rules.filtered, rules.filters
+    assert rows is not None
+    vocabulary = logits_NV.shape[1]
+    count = min(rules.max_k + MARGIN if rules.max_k else FIRST_LOOK, vocabulary)
+    if logits_NV.device.type != "cpu" and not rules.max_k:
+        count = vocabulary  # looking again would wait for the device
+    ids_R = torch.zeros(len(rows), dtype=torch.int64, device=logits_NV.device)
+    left = torch.arange(len(rows), device=logits_NV.device)
+    while True:
+        total_L1 = None if total_N is None else total_N[rows, None]
+        logits_LV = logits_NV if len(rows) == len(logits_NV) else logits_NV[rows]
+        ids, sure = _draw_among(logits_LV, top_N1[rows], total_L1, filters.of(left), uniform_N[rows], count)
+        ids_R[left] = ids
+        if count == vocabulary or logits_NV.device.type != "cpu" or bool(sure.all()):
+            return ids_R
+        left, rows = left[~sure], rows[~sure]
+        count = min(LOOK_GROWTH * count, vocabulary)
+
+
+def _draw_among(
+    logits_LV: Tensor,
+    top_L1: Tensor,
+    total_L1: Tensor | None,
+    filters: Filters,
+    uniform_L: Tensor,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """Draws [L] that look at `count` leading tokens, and whether the filters need no more than these."""
+    values_Lk, ids_Lk = _leading(logits_LV, count)
+    weights_Lk = ((values_Lk - top_L1) / filters.temperature).exp()
+    last_L1 = weights_Lk[:, -1:]
+    # All tokens above the last value are there, of those equal to it some may be missing.
+    above = values_Lk > values_Lk[:, -1:]
+    rank = torch.arange(weights_Lk.shape[1], device=weights_Lk.device)
+    weights_Lk = weights_Lk.masked_fill(rank >= filters.top_k, 0.0)
+    cumulative_Lk = weights_Lk.cumsum(-1)
+    limited = filters.top_k < NO_LIMIT
+    total = cumulative_Lk[:, -1:] if total_L1 is None else torch.where(limited, cumulative_Lk[:, -1:], total_L1)
+    nucleus_L1 = torch.where(filters.top_p < 1, filters.top_p * total, torch.inf)
+    dropped = (cumulative_Lk - weights_Lk >= nucleus_L1) | (weights_Lk < filters.min_p * weights_Lk[:, :1])
     dropped[:, 0] = False
-    chosen, _ = _search(weights_Rk.masked_fill(dropped, 0.0), uniform_R)
-    return candidates_Rk.gather(-1, chosen[:, None])[:, 0]
+    chosen, _ = _search(weights_Lk.masked_fill(dropped, 0.0), uniform_L)
+    sure = (filters.top_k <= above.sum(-1, keepdim=True)) | (last_L1 == 0)
+    sure |= ~limited & (last_L1 < filters.min_p)
+    sure |= ~limited & ((cumulative_Lk * above).amax(-1, keepdim=True) >= nucleus_L1)
+    return ids_Lk.gather(-1, chosen[:, None])[:, 0], sure[:, 0]

@@ -142,6 +142,7 @@ def _on_policy(
         mine = [int(i) for i in chosen[: config.prompts]][world.rank :: world.size]
         tasks = [_in_mode(queries[i], config, step, i) for i in mine]
         seeds = [seed_of(config.seed, step, i) for i in mine]
+        engine.load(student)
         rollouts = world.dealt(roll(engine, tokenizer, tasks, config.rollout, seeds))
         keep_rollouts(place, step, rollouts)
         rows = sorted((rollout.taught() for rollout in rollouts), key=len)

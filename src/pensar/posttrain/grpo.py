@@ -115,6 +115,7 @@ def _step(
     mine = [int(query) for query in chosen[world.rank :: world.size]]
     tasks = [queries[query] for query in mine for _ in range(config.group)]
     seeds = [seed_of(config.seed, step, query, n) for query in mine for n in range(config.group)]
+    engine.load(model)
     rolled = roll(engine, tokenizer, tasks, config.rollout, seeds)
     groups = world.dealt([rolled[n : n + config.group] for n in range(0, len(rolled), config.group)])
     rollouts = [rollout for group in groups for rollout in group]

@@ -1,0 +1,231 @@
+"""Commit: what becomes of a computed step: scores of given tokens, draws of new ones, and the ends of replies.
+
+The token at index i of a reply is a function of its logits, the request's seed and i. So drafts need no rule of their
+own: every position is drawn as it would have been, and a draft is kept while it equals the draw.
+Shape legend: A rows that a token is drawn for, M draws (A and one per draft), S rows of logits, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pensar.base.errors import ModelError
+from pensar.infer.budget import Bools, Thinking
+from pensar.infer.request import FinishReason, Ints, TopLogprobs
+from pensar.infer.rows import RunningRows
+from pensar.infer.sampling import Rules, logprobs, rules_of, sample, top_logprobs, uniforms
+from pensar.infer.scheduler import Plan, Scheduler
+from pensar.infer.step import StepOutput
+
+Retire = Callable[[int, FinishReason, str | None, bool], None]
+"""(row, why its reply ends, the error if it is one, whether its pages may hold NaN)"""
+
+
+class Commit:
+    """Called once a step, with what the runner computed of a plan."""
+
+    def __init__(
+        self, rows: RunningRows, scheduler: Scheduler, thinking: Thinking | None, retire: Retire
+    ) -> None:
+        self._rows, self._scheduler, self._thinking, self._retire = rows, scheduler, thinking, retire
+        self._rules: tuple[Ints, Rules] | None = None
+        self.num_drafted = self.num_accepted = 0
+        self._ended: dict[int, tuple[FinishReason, str | None, bool]] = {}
+        self._version = 0
+
+    def __call__(self, plan: Plan, output: StepOutput, version: int) -> None:
+        state = self._rows.state
+        self._version, self._ended = version, {}
+        self._scheduler.computed(plan)
+        ends = np.cumsum(plan.wanted)
+        every = np.flatnonzero(state["every"][plan.rows])
+        for at in every.tolist():
+            first = int(ends[at] - plan.wanted[at])
+            self._score(int(plan.rows[at]), output.logits_SV[first : int(ends[at])])
+        complete = np.flatnonzero(state["computed"][plan.rows] == state["total"][plan.rows])
+        rows_A, drafts_A = plan.rows[complete], plan.drafts[complete]
+        first_A = ends[complete] - drafts_A - 1
+        joined, whom = self._scheduler.joined(rows_A)
+        if len(joined):
+            rows_A, first_A = np.concatenate((rows_A, joined)), np.concatenate((first_A, first_A[whom]))
+            drafts_A = np.concatenate((drafts_A, np.zeros(len(joined), np.int64)))
+        full = state["total"][rows_A] >= state["limit"][rows_A]
+        if full.any():  # forced tokens were the last
+            self._end(rows_A[full], "length")
+            rows_A, first_A, drafts_A = rows_A[~full], first_A[~full], drafts_A[~full]
+        if len(rows_A):
+            self._draw(rows_A, first_A, drafts_A, output.logits_SV)
+        self._scheduler.publish()
+        for row in sorted(self._ended, reverse=True):  # downwards: the last row fills a gap
+            self._retire(row, *self._ended[row])
+
+    def _score(self, row: int, logits_SV: Tensor) -> None:
+        """Log-probabilities of the tokens behind those that were computed, as far as they are given."""
+        state = self._rows.state
+        stop, total = int(state["computed"][row]), int(state["total"][row])
+        start = stop - len(logits_SV)
+        targets = self._rows.tokens[row, start + 1 : min(stop + 1, total)]
+        if len(targets):
+            known = logits_SV[: len(targets)]
+            ids = torch.from_numpy(targets.copy()).to(known.device)
+            self._rows.logprobs[row, start + 1 : start + 1 + len(targets)] = (
+                logprobs(known, ids, None).cpu().numpy()
+            )
+            tops = self._rows.tops[row]
+            skipped = max(0, int(state["prompt"][row]) - start - 1)
+            if tops is not None and skipped < len(targets):
+                tops += _likeliest(known[skipped:], self._rows.requests[row].params.top_logprobs)
+        if stop == total:
+            state["every"][row] = False
+
+    def _draw(self, rows_A: Ints, first_A: Ints, drafts_A: Ints, logits_SV: Tensor) -> None:
+        """One token for each row, and further ones as long as they are what was guessed."""
+        state, most = self._rows.state, int(drafts_A.max())
+        rows_M, source_M, offset_A, step_M = rows_A, first_A, np.arange(len(rows_A)), np.asarray(0)
+        if most:
+            rows_M = np.repeat(rows_A, drafts_A + 1)
+            offset_A = np.cumsum(drafts_A + 1) - drafts_A - 1
+            step_M = np.arange(len(rows_M)) - np.repeat(offset_A, drafts_A + 1)
+            source_M = np.repeat(first_A, drafts_A + 1) + step_M
+        raw_MV = logits_SV
+        if len(source_M) != len(logits_SV) or (source_M != np.arange(len(source_M))).any():
+            raw_MV = logits_SV[torch.from_numpy(source_M).to(logits_SV.device)]
+        allowed_MV, reasons = self._constrained(rows_A, drafts_A, offset_A, raw_MV)
+        index_M = state["total"][rows_M] - state["prompt"][rows_M] + step_M
+        uniform = torch.from_numpy(uniforms(state["seed"][rows_M], index_M)).to(raw_MV.device)
+        draw = sample(allowed_MV, self._rules_of(rows_M, raw_MV.device), uniform)
+        ids_M, sound_M = draw.ids.cpu().numpy(), draw.sound.cpu().numpy()
+        total_M = draw.log_total if allowed_MV is raw_MV else None
+        going = np.arange(len(rows_A))
+        for turn in range(most + 1):
+            rows, at = rows_A[going], offset_A[going] + turn
+            guesses = self._rows.tokens[rows, np.minimum(state["total"][rows], state["limit"][rows] - 1)]
+            ids, sound = ids_M[at], sound_M[at]
+            self._fail(rows[~sound], reasons)
+            on = self._settle(rows, ids, sound, at, raw_MV, total_M)
+            kept = on & (drafts_A[going] > turn) & (guesses == ids)
+            state["computed"][rows[kept]] += 1
+            going = going[kept]
+            if not len(going):
+                break
+            self.num_accepted += len(going)
+        self.num_drafted += int(drafts_A.sum())
+
+    def _settle(
+        self, rows: Ints, ids: Ints, sound: Bools, at: Ints, raw_MV: Tensor, log_total_M: Tensor | None
+    ) -> Bools:
+        """Adds a drawn token to each row, or the stop sentence in its place; returns which rows may take another."""
+        state = self._rows.state
+        forced = np.zeros(len(ids), np.bool_)
+        if self._thinking is not None:
+            forced = self._thinking.spent(state, rows, ids) & sound
+        if forced.any():
+            assert self._thinking is not None
+            self._note(rows, np.where(forced, self._thinking.stop_sentence[0], ids), at, raw_MV, log_total_M)
+            for row in rows[forced].tolist():
+                self._force(row, self._thinking)
+        else:
+            self._note(rows, ids, at, raw_MV, log_total_M)
+        usual = sound & ~forced
+        if not usual.all():
+            rows, ids = rows[usual], ids[usual]
+        stopped = self._rows.stopped(rows, ids)
+        self._rows.append(rows, ids, self._version)
+        if self._thinking is not None:
+            self._thinking.count(state, rows, ids, stopped)
+        if any(self._rows.constraints):
+            for row, token in zip(rows.tolist(), ids.tolist(), strict=True):
+                if (constraint := self._rows.constraints[row]) is not None:
+                    constraint.accept(token)
+        self._end(rows[stopped], "stop")
+        full = (state["total"][rows] >= state["limit"][rows]) & ~stopped
+        self._end(rows[full], "length")
+        on = usual
+        on[usual] = ~stopped & ~full
+        return on
+
+    def _note(self, rows: Ints, ids: Ints, at: Ints, raw_MV: Tensor, log_total_M: Tensor | None) -> None:
+        """Log-probabilities of the tokens that come next, where any row asks for them."""
+        state = self._rows.state
+        if not state["logprobs"][rows].any():
+            return
+        chosen = torch.from_numpy(at).to(raw_MV.device)
+        logits = raw_MV if len(at) == len(raw_MV) else raw_MV[chosen]
+        log_total = log_total_M if log_total_M is None or len(at) == len(raw_MV) else log_total_M[chosen]
+        values = logprobs(logits, torch.from_numpy(ids).to(raw_MV.device), log_total).cpu().numpy()
+        self._rows.logprobs[rows, state["total"][rows]] = values
+        for index, row in enumerate(rows.tolist()):
+            tops = self._rows.tops[row]
+            if tops is not None:
+                tops += _likeliest(logits[index : index + 1], self._rows.requests[row].params.top_logprobs)
+
+    def _force(self, row: int, thinking: Thinking) -> None:
+        """The stop sentence: computed by one pass like a part of a prompt, and then the answer begins."""
+        state, rows = self._rows.state, self._rows
+        count = rows.append_forced(row, thinking.stop_sentence, self._version)
+        thinking.close(state, row)
+        if (constraint := rows.constraints[row]) is not None:
+            for token in thinking.stop_sentence[:count].tolist():
+                constraint.accept(token)
+        if state["logprobs"][row] and count > 1:
+            state["every"][row] = True
+        elif state["total"][row] >= state["limit"][row]:
+            self._end(np.asarray([row]), "length")
+
+    def _constrained(
+        self, rows_A: Ints, drafts_A: Ints, offset_A: Ints, raw_MV: Tensor
+    ) -> tuple[Tensor, dict[int, str]]:
+        """The logits after what requests ask for beside plain rules, and why a row can have no token at all."""
+        reasons: dict[int, str] = {}
+        if not any(self._rows.constraints):
+            return raw_MV, reasons
+        allowed_MV = raw_MV.clone()
+        for row, drafts, at in zip(rows_A.tolist(), drafts_A.tolist(), offset_A.tolist(), strict=True):
+            constraint = self._rows.constraints[row]
+            if constraint is None:
+                continue
+            total, accepted = int(self._rows.state["total"][row]), 0
+            try:
+                for turn in range(drafts + 1):
+                    constraint.apply(allowed_MV[at + turn])
+                    if turn < drafts:
+                        constraint.accept(int(self._rows.tokens[row, total + turn]))
+                        accepted += 1
+            except ModelError as error:
+                reasons[row] = str(error)
+                allowed_MV[at + accepted : at + drafts + 1] = torch.nan
+            constraint.rollback(accepted)
+        return allowed_MV, reasons
+
+    def _rules_of(self, rows_M: Ints, device: torch.device) -> Rules:
+        """The sampling rules, kept while the same rows are drawn for."""
+        kept = self._rules
+        if kept is None or self._scheduler.changed or not np.array_equal(kept[0], rows_M):
+            kept = self._rules = (rows_M, rules_of(self._rows.state[rows_M], device))
+            self._scheduler.changed = False
+        return kept[1]
+
+    def _end(self, rows: Ints, reason: FinishReason) -> None:
+        for row in rows.tolist():
+            self._ended[row] = (reason, None, False)
+
+    def _fail(self, rows: Ints, reasons: dict[int, str]) -> None:
+        """Ends rows that no token could be drawn for."""
+        for row in rows.tolist():
+            name = self._rows.requests[row].id
+            if row in reasons:
+                self._ended[row] = ("error", f"request {name}: {reasons[row]}", False)
+                continue
+            text = (
+                f"the model gave NaN or infinite logits at position {int(self._rows.state['total'][row])} of request "
+                f"{name}; check the weights, or the precision they are kept in"
+            )
+            self._ended[row] = ("error", text, True)
+
+
+def _likeliest(logits_SV: Tensor, k: int) -> list[TopLogprobs]:
+    ids_Sk, values_Sk = top_logprobs(logits_SV, k)
+    rows = zip(ids_Sk.tolist(), values_Sk.tolist(), strict=True)
+    return [list(zip(ids, values, strict=True)) for ids, values in rows]

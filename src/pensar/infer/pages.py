@@ -1,0 +1,147 @@
+"""PagePool: which pages of the cache are whose, and which hold a text that another request may begin with.
+
+A full page is known by the hash of its tokens and of all before them, so that equal beginnings of texts share pages
+(prefix caching): while anyone reads a page it stays, afterwards it is the longest unread that is given away first.
+Storage is the runner's; the pool deals in page numbers.
+"""
+
+import hashlib
+import secrets
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pensar.infer.request import Ints
+from pensar.infer.step import PAGE
+
+NO_KEY = b""
+
+
+class PagePool:
+    """`num_pages` pages of PAGE tokens; page 0 is nobody's.
+
+    Every page is in one of three states: free, held by one reader or more, or kept for its content with no reader.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self.readers: npt.NDArray[np.int32] = np.zeros(num_pages, np.int32)
+        self._free = list(range(num_pages - 1, 0, -1))
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        """Pages with a key and no reader, the longest unread first."""
+        self._page_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        # Nobody can compute which texts would share a page with another's.
+        self._salt = secrets.token_bytes(16)
+
+    @property
+    def available(self) -> int:
+        """Pages that `take` can give."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def num_held(self) -> int:
+        """Pages with a reader."""
+        return self.num_pages - 1 - self.available
+
+    @property
+    def num_kept(self) -> int:
+        """Pages that nobody reads and that are kept for the text they hold."""
+        return len(self._kept)
+
+    def take(self, count: int) -> list[int]:
+        """Pages with one reader each; raises IndexError where fewer are available."""
+        if count > self.available:
+            raise IndexError(f"{count} pages asked for, {self.available} available")
+        pages = []
+        for _ in range(count):
+            if self._free:
+                page = self._free.pop()
+            else:
+                page, _ = self._kept.popitem(last=False)
+                self._forget(page)
+            pages.append(page)
+        self.readers[pages] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more reader for each."""
+        for page in pages:
+            if self.readers[page] == 0:
+                del self._kept[page]
+            self.readers[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """One reader fewer for each, the end of a text before its beginning: that is worth most to others."""
+        for page in reversed(list(pages)):
+            self.readers[page] -= 1
+            if self.readers[page] == 0:
+                if page in self._key_of:
+                    self._kept[page] = None
+                else:
+                    self._free.append(page)
+
+    def match(self, keys: Sequence[bytes]) -> list[int]:
+        """The pages of the longest known beginning, each with one more reader."""
+        pages = []
+        for key in keys:
+            page = self._page_of.get(key)
+            if page is None:
+                break
+            pages.append(page)
+        self.share(pages)
+        return pages
+
+    def publish(self, page: int, key: bytes) -> None:
+        """Says what a full page holds; of equal pages the first is the one that is shared."""
+        if key not in self._page_of:
+            self._page_of[key] = page
+            self._key_of[page] = key
+
+    def forget(self, pages: Iterable[int]) -> None:
+        """These pages are not known by their content any more."""
+        for page in pages:
+            if page in self._key_of:
+                self._forget(page)
+                if self._kept.pop(page, 0) is None:
+                    self._free.append(page)
+
+    def forget_all(self) -> None:
+        """No page is known by its content any more, as when the weights have changed."""
+        self._page_of.clear()
+        self._key_of.clear()
+        self._free.extend(self._kept)
+        self._kept.clear()
+
+    def root(self, *parts: str) -> bytes:
+        """The key that the first page of a text follows; texts with other `parts` share nothing."""
+        return hashlib.blake2b("\0".join(parts).encode(), key=self._salt, digest_size=16).digest()
+
+    def keys(self, root: bytes, tokens: Ints) -> list[bytes]:
+        """The key of every full page of `tokens`, which begin after `root`."""
+        found = []
+        for start in range(0, len(tokens) - PAGE + 1, PAGE):
+            root = self.key(root, tokens[start : start + PAGE])
+            found.append(root)
+        return found
+
+    def key(self, before: bytes, tokens: Ints) -> bytes:
+        """The key of a page with these PAGE tokens after the page with the key `before`."""
+        return hashlib.blake2b(before + tokens.tobytes(), key=self._salt, digest_size=16).digest()
+
+    def check(self) -> None:
+        """Raises AssertionError unless every page is in exactly one state; for tests."""
+        free, kept = set(self._free), set(self._kept)
+        held = set(np.flatnonzero(self.readers).tolist())
+        assert len(free) == len(self._free), "a page is free twice"
+        assert len(free) + len(kept) + len(held) == len(free | kept | held), "a page is in two states"
+        assert free | kept | held == set(range(1, self.num_pages)), "a page is lost"
+        assert (self.readers >= 0).all(), "a page was released too often"
+        assert kept <= self._key_of.keys(), "a page without content is kept"
+        assert {page: key for key, page in self._page_of.items()} == self._key_of, "keys and pages disagree"
+
+    def _forget(self, page: int) -> None:
+        key = self._key_of.pop(page)
+        del self._page_of[key]
