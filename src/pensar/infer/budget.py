@@ -76,6 +76,12 @@ class Thinking:
                 phase[row] = ANSWER
         state["phase"][rows] = phase
 
+    def after(self, phase: int, token: int) -> int:
+        """The phase of one row after `token`: what `count` does, for whoever looks ahead."""
+        if phase == BEGINNING:
+            return THINKING if token == self.open_id else BEGINNING if self._is_blank(token) else ANSWER
+        return ANSWER if phase == THINKING and token == self.close_id else phase
+
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:
             self._blank[token] = not self._tokenizer.decode([token]).strip()

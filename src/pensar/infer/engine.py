@@ -6,12 +6,15 @@ reports are those of the model's own distribution, which is what a trainer compu
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import msgspec
 import numpy as np
 from torch import Tensor
 
 from pensar.base.errors import ConfigError, ModelError
+from pensar.base.ranks import World
+from pensar.infer.adapters import checked_name, read_adapter
 from pensar.infer.budget import NO_BUDGET, THINKING, Thinking
 from pensar.infer.commit import Commit
 from pensar.infer.pages import PagePool
@@ -21,7 +24,7 @@ from pensar.infer.rows import RunningRows
 from pensar.infer.scheduler import Plan, Scheduler
 from pensar.infer.step import PAGE, Runner, StepOutput
 from pensar.infer.storage import cache_pages, is_out_of_memory, merged
-from pensar.infer.sync import weights_stamp
+from pensar.infer.sync import broadcast_weights, weights_stamp
 from pensar.infer.torch_runner import TorchRunner
 from pensar.model.qwen3 import Qwen3
 from pensar.model.weights import check_tokenizer
@@ -216,6 +219,42 @@ class Engine:
             self.scheduler.restart()
         else:
             self.pool.forget_all()
+
+    def receive(self, world: World, source: int = 0, *, recompute: bool = True) -> None:
+        """`load` of the weights that rank `source` has in its own model.
+
+        Every rank makes the call, the sender by `broadcast_weights(model, world, source)` where it has no engine.
+        """
+        broadcast_weights(self.runner.model, world, source)
+        self.load(self.runner.model, recompute=recompute)
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Requests may ask for the LoRA or DoRA adapter in `folder`, in PEFT's format, from now on.
+
+        Raises ModelError, ConfigError or DataError where it is not one of this model, and changes nothing then.
+        """
+        checked_name(name, self.scheduler.adapters)
+        number = next(
+            n for n in range(len(self.scheduler.adapters) + 1) if n not in self.scheduler.adapters.values()
+        )
+        self.runner.set_adapter(number, read_adapter(self.runner.model, folder))
+        self.scheduler.adapters[name] = number
+
+    def unload_adapter(self, name: str) -> None:
+        """Raises ModelError where there is no such adapter, or an unfinished request uses it."""
+        if name not in self.scheduler.adapters:
+            raise ModelError(
+                f"no adapter {name!r} is loaded; loaded: {', '.join(self.scheduler.adapters) or 'none'}"
+            )
+        requests = [*self.rows.requests, *(entry.request for entry in self.scheduler.queue)]
+        using = sum(request.adapter == name for request in requests)
+        if using:
+            raise ModelError(
+                f"adapter {name!r} is used by {using} unfinished requests; wait for them or abort them"
+            )
+        self.runner.set_adapter(self.scheduler.adapters.pop(name), None)
+        # Another adapter may come by this name: its texts are other keys and values.
+        self.pool.forget_all()
 
     # ------------------------------------------------------------ a step
 

@@ -1,7 +1,7 @@
 """Request in, Piece and Completion out: what the engine exchanges with its callers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -20,10 +20,22 @@ TopLogprobs = list[tuple[int, float]]
 
 MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+MAX_ADJUSTED = 4_096
+"""Tokens with a bias, and tokens that are banned, at most."""
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What an answer has to match; text inside the thinking block is free."""
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "ebnf", "tools"]
+    text: str = ""
+    """The schema as JSON; nothing; a regular expression of the whole answer; a JSON list of strings; rules in Lark's or
+    GBNF's notation; or a JSON object with `tools`, `tool_choice` and `parallel_tool_calls` as in OpenAI's API."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How one reply is drawn: temperature, then top-k, then top-p, then min-p."""
+    """How one reply is drawn: penalties, bias and bans, then temperature, then top-k, then top-p, then min-p."""
 
     max_tokens: int
     """Limit for the reply, forced tokens and the stop token included."""
@@ -49,6 +61,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Report the log-probability of every token of the prompt as well; its beginning is then computed anew."""
     ignore_eos: bool = False
     """Only stop_ids and max_tokens end the reply, not the tokenizer's ends of turn and text."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that the reply has, -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of a token as often as the reply has it, -2 to 2."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens in prompt and reply and multiplies the negative ones, 0.01 to 100."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these tokens, -100 to 100."""
+    bad_ids: tuple[int, ...] = ()
+    """Tokens that are never drawn."""
+    min_tokens: int = 0
+    """Tokens of the reply before which no token may end it; a grammar that is complete ends it all the same."""
+    min_thinking: int = 0
+    """Reasoning tokens before which the thinking block is not closed."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the reply where they are complete, looked for after the thinking block."""
+    grammar: Grammar | None = None
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -158,7 +187,43 @@ def _check_params(name: str, params: SamplingParams, vocab_size: int) -> None:
     if params.thinking_budget is not None:
         limits.append(("thinking_budget", params.thinking_budget, 0, math.inf))
     limits.extend(("stop_ids", stop, 0, vocab_size - 1) for stop in params.stop_ids)
+    limits.extend(_limits_of_constraints(params, vocab_size))
     for field, value, low, high in limits:
         if not low <= value <= high or value == math.inf:
             upper = "" if high == math.inf else f" and at most {high}"
             raise ModelError(f"{name} has {field} {value}; it must be at least {low}{upper}")
+    _check_combinations(name, params)
+
+
+def _limits_of_constraints(params: SamplingParams, vocab_size: int) -> Iterator[tuple[str, float, float, float]]:
+    """Field, value, lowest and highest of what goes beyond temperature and filters."""
+    yield "presence_penalty", params.presence_penalty, -2, 2
+    yield "frequency_penalty", params.frequency_penalty, -2, 2
+    yield "repetition_penalty", params.repetition_penalty, 0.01, 100
+    yield "min_tokens", params.min_tokens, 0, params.max_tokens
+    yield "min_thinking", params.min_thinking, 0, params.max_tokens
+    yield "number of bad_ids", len(params.bad_ids), 0, MAX_ADJUSTED
+    yield "number of tokens in logit_bias", len(params.logit_bias), 0, MAX_ADJUSTED
+    yield "number of stop strings", len(params.stop), 0, MAX_STOPS
+    for text in params.stop:
+        yield "a stop string with a length of", len(text), 1, MAX_STOP_LENGTH
+    for token in params.bad_ids:
+        yield "bad_ids", token, 0, vocab_size - 1
+    for token, bias in params.logit_bias:
+        yield "a logit_bias for token", token, 0, vocab_size - 1
+        yield f"a logit_bias for token {token} of", bias, -100, 100
+
+
+def _check_combinations(name: str, params: SamplingParams) -> None:
+    """What contradicts itself."""
+    budget = params.thinking_budget
+    if budget is not None and params.min_thinking > budget:
+        raise ModelError(
+            f"{name} has min_thinking {params.min_thinking} above its thinking_budget {budget}; lower min_thinking"
+        )
+    if params.grammar is not None and params.ignore_eos:
+        raise ModelError(
+            f"{name} has ignore_eos with a grammar, whose end would end nothing; leave out one of them"
+        )
+    if len({token for token, _ in params.logit_bias}) < len(params.logit_bias):
+        raise ModelError(f"{name} has a token twice in logit_bias; give each one bias")

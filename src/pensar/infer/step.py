@@ -6,12 +6,14 @@ V vocabulary, D hidden.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pensar.infer.adapters import Adapter
 from pensar.infer.request import Ints
 from pensar.model.config import ModelConfig
 from pensar.model.qwen3 import Qwen3
@@ -73,6 +75,31 @@ class Runner(Protocol):
         """Takes new weights of the same names and shapes in place."""
         ...
 
+    def set_adapter(self, number: int, adapter: Adapter | None) -> None:
+        """Rows with this number in `adapters_R` are computed by `adapter` from now on; None takes it away."""
+        ...
+
     def page_bytes(self) -> int:
         """Memory of one page over all layers."""
         ...
+
+
+def rows_of(batch: StepBatch, rows: Ints) -> tuple[StepBatch, Ints]:
+    """Some rows of a batch, and which of its wanted tokens are theirs."""
+    counts = np.diff(batch.starts)
+    starts = np.concatenate(([0], np.cumsum(counts[rows])))
+    old_N = np.repeat(batch.starts[rows] - starts[:-1], counts[rows]) + np.arange(starts[-1])
+    new_of = np.full(batch.starts[-1], -1)
+    new_of[old_N] = np.arange(len(old_N))
+    wanted = np.flatnonzero(new_of[batch.wanted_S] >= 0)
+    part = replace(
+        batch,
+        tokens_N=batch.tokens_N[old_N],
+        positions_N=batch.positions_N[old_N],
+        starts=starts,
+        lengths_R=batch.lengths_R[rows],
+        pages_RP=batch.pages_RP[rows],
+        wanted_S=new_of[batch.wanted_S[wanted]],
+        adapters_R=None if batch.adapters_R is None else batch.adapters_R[rows],
+    )
+    return part, wanted

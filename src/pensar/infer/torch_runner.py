@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pensar.infer.adapters import Adapter, Adapters
 from pensar.infer.request import Ints
-from pensar.infer.step import PAGE, StepBatch, StepOutput
+from pensar.infer.step import PAGE, StepBatch, StepOutput, rows_of
 from pensar.infer.sync import replace_weights
 from pensar.model.qwen3 import Qwen3
 
@@ -29,6 +30,7 @@ class TorchRunner:
     def __init__(self, model: Qwen3) -> None:
         weight = model.model.embed_tokens.weight
         self.model, self.config = model, model.config
+        self._adapters = Adapters(model)
         self.device, self._dtype = weight.device, weight.dtype
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -57,6 +59,8 @@ class TorchRunner:
             self.model.eval()
         try:
             with torch.inference_mode():
+                if batch.adapters_R is not None and self._adapters.alone(batch.adapters_R):
+                    return self._run_apart(batch, batch.adapters_R)
                 return self._run(batch)
         finally:
             if training:
@@ -75,6 +79,9 @@ class TorchRunner:
     def load(self, weights: Mapping[str, Tensor] | Qwen3) -> None:
         replace_weights(self.model, weights)
 
+    def set_adapter(self, number: int, adapter: Adapter | None) -> None:
+        self._adapters.set(number, adapter)
+
     def page_bytes(self) -> int:
         return sum(pool[:, 0].nbytes for pool in (*self.keys, *self.values))
 
@@ -83,10 +90,24 @@ class TorchRunner:
             _there(self.device, batch.tokens_N)[None],
             _there(self.device, batch.positions_N)[None],
         )
-        hidden_ND = self.model(tokens, positions, _Paged(self, batch))[0]
+        with self._adapters.over(batch.adapters_R, np.diff(batch.starts), self.device):
+            hidden_ND = self.model(tokens, positions, _Paged(self, batch))[0]
         if len(batch.wanted_S) < len(hidden_ND):
             hidden_ND = hidden_ND[_there(self.device, batch.wanted_S)]
         return StepOutput(self.model.logits(hidden_ND).float(), hidden_ND)
+
+    def _run_apart(self, batch: StepBatch, adapters_R: Ints) -> StepOutput:
+        """The rows of one adapter after those of another, the output in the order of the batch."""
+        outputs, places = [], []
+        for number in np.unique(adapters_R).tolist():
+            part, wanted = rows_of(batch, np.flatnonzero(adapters_R == number))
+            outputs.append(self._run(part))
+            places.append(wanted)
+        order = _there(self.device, np.argsort(np.concatenate(places)))
+        return StepOutput(
+            torch.cat([output.logits_SV for output in outputs])[order],
+            torch.cat([output.hidden_SD for output in outputs])[order],
+        )
 
 
 class _Paged:
