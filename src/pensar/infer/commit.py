@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pensar.base.errors import ModelError
+from pensar.infer.adaptive import AdaptiveBudget
 from pensar.infer.budget import Bools, Thinking
 from pensar.infer.request import FinishReason, Ints, TopLogprobs
 from pensar.infer.rows import RunningRows
@@ -35,7 +36,9 @@ class Commit:
         self._ended: dict[int, tuple[FinishReason, str | None, bool]] = {}
         self._version = 0
 
-    def __call__(self, plan: Plan, output: StepOutput, version: int) -> None:
+    def __call__(
+        self, plan: Plan, output: StepOutput, version: int, adaptive: AdaptiveBudget | None = None
+    ) -> None:
         state = self._rows.state
         self._version, self._ended = version, {}
         self._scheduler.computed(plan)
@@ -55,11 +58,24 @@ class Commit:
         if full.any():  # forced tokens were the last
             self._end(rows_A[full], "length")
             rows_A, first_A, drafts_A = rows_A[~full], first_A[~full], drafts_A[~full]
+        if adaptive is not None:
+            self._allot(rows_A, first_A, output.hidden_SD, adaptive)
         if len(rows_A):
             self._draw(rows_A, first_A, drafts_A, output.logits_SV)
         self._scheduler.publish()
         for row in sorted(self._ended, reverse=True):  # downwards: the last row fills a gap
             self._retire(row, *self._ended[row])
+
+    def _allot(self, rows_A: Ints, first_A: Ints, hidden_SD: Tensor, adaptive: AdaptiveBudget) -> None:
+        """Sets the budgets of replies that are about to begin."""
+        state = self._rows.state
+        begins = np.flatnonzero(state["total"][rows_A] == state["prompt"][rows_A])
+        for at in begins.tolist():
+            row = int(rows_A[at])
+            share = self._rows.requests[row].params.adaptive_budget
+            if share:
+                budget = adaptive.budget(hidden_SD[int(first_A[at])], share)
+                state["budget"][row] = min(int(state["budget"][row]), budget)
 
     def _score(self, row: int, logits_SV: Tensor) -> None:
         """Log-probabilities of the tokens behind those that were computed, as far as they are given."""

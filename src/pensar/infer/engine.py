@@ -15,6 +15,7 @@ from torch import Tensor
 from pensar.base.errors import ConfigError, ModelError
 from pensar.base.ranks import World
 from pensar.infer.adapters import checked_name, read_adapter
+from pensar.infer.adaptive import AdaptiveBudget
 from pensar.infer.budget import NO_BUDGET, THINKING, Thinking
 from pensar.infer.commit import Commit
 from pensar.infer.pages import PagePool
@@ -81,6 +82,8 @@ class Engine:
         )
         self.version = 0
         """How often new weights were loaded."""
+        self.adaptive: AdaptiveBudget | None = None
+        """What the model has learned of how much thinking a question deserves."""
         self._stamp = weights_stamp(self.runner.model)
         self._clock = clock
         self._arrivals = 0
@@ -267,7 +270,7 @@ class Engine:
         plan, output, failed = self._compute(plan)
         broken = [(self.rows.requests[row].id, reason) for row, reason in failed]
         if output is not None:
-            self._commit(plan, output, self.version)
+            self._commit(plan, output, self.version, self.adaptive)
         for name, reason in broken:
             self._retire(self.rows.index[name], "error", reason, False)
 
@@ -325,6 +328,11 @@ class Engine:
             raise ModelError(
                 f"request {request.id} has thinking_budget {params.thinking_budget}, but the tokenizer has no "
                 f"{THINK}; leave the budget out"
+            )
+        if params.adaptive_budget and (self.adaptive is None or self._thinking is None):
+            raise ModelError(
+                f"request {request.id} has adaptive_budget {params.adaptive_budget}, but the model has no learned "
+                "thinking budgets; give thinking_budget instead"
             )
         if request.adapter and request.adapter not in self.scheduler.adapters:
             known = ", ".join(self.scheduler.adapters) or "none"

@@ -53,6 +53,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens that end the reply besides the tokenizer's ends of turn and text."""
     thinking_budget: int | None = None
     """Reasoning tokens after which the thinking is closed by the stop sentence; None for no limit."""
+    adaptive_budget: float = 0.0
+    """A thinking budget that suffices for this share of questions like this one, as the model has learned it; 0 for
+    none. `thinking_budget` stays the most."""
     logprobs: bool = False
     """Report each token's log-probability."""
     top_logprobs: int = 0
@@ -182,6 +185,7 @@ def _check_params(name: str, params: SamplingParams, vocab_size: int) -> None:
         ("top_p", params.top_p, 0, 1),
         ("min_p", params.min_p, 0, 1),
         ("seed", params.seed, 0, MAX_SEED),
+        ("adaptive_budget", params.adaptive_budget, 0, 1),
         ("top_logprobs", params.top_logprobs, 0, MAX_TOP_LOGPROBS),
     ]
     if params.thinking_budget is not None:
