@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import pretrain_balance, pretrain_learning
+from benchmarks import pretrain_balance, pretrain_learning, pretrain_parity
 from benchmarks.pretrain_loading import load_lines
 from benchmarks.pretrain_memory import in_fresh_process
 from benchmarks.pretrain_steps import (
@@ -190,40 +190,6 @@ def muon(quick: bool) -> Iterator[Line]:
     ) | {"target": 0.3, "reached": best - ours >= 0.3}
 
 
-def parity(quick: bool) -> Iterator[Line]:
-    """The peer's balance loss is another one than ours, so sparse models are compared without any."""
-    if not peer_is_here():
-        return
-    steps = 20 if quick else 200
-    configs = {"dense": pretrain_learning.PARITY, "moe": pretrain_learning.PARITY_SPARSE}
-    for kind, config in configs.items():
-        ours, theirs = pretrain_learning.losses(config, steps, compiling=not quick)
-        apart = max(abs(our - their) for our, their in zip(ours, theirs, strict=True))
-        yield line(
-            f"loss_parity_{kind}",
-            apart,
-            pretrain_learning.peers_apart(config, steps) if config.num_experts else None,
-            peer_name("its experts in two ways" if config.num_experts else "as written, AdamW"),
-            f"nats, largest difference of {steps} losses",
-            target=1e-3,
-            sign=-1,
-            first_loss=round(ours[0], 4),
-            last_loss=round(ours[-1], 4),
-        )
-    for kind, config in {"dense": DENSE, "moe": SPARSE}.items():
-        apart, largest = pretrain_learning.logits_apart(config)
-        yield line(
-            f"logit_parity_{kind}",
-            apart,
-            None,
-            peer_name(),
-            "largest difference of any logit, float32",
-            target=1e-6,
-            sign=-1,
-            largest_logit=round(largest, 3),
-        )
-
-
 def balance(quick: bool) -> Iterator[Line]:
     errors = pretrain_balance.errors()
     for peer in ("micro-batch", "running average"):
@@ -248,7 +214,7 @@ METRICS: Mapping[str, Callable[[bool], Iterator[Line]]] = {
     "memory": memory,
     "muon": muon,
     "loading": loading,
-    "parity": parity,
+    "parity": pretrain_parity.lines,
     "balance": balance,
 }
 

@@ -1,4 +1,4 @@
-"""What is learned: bits per byte with Muon and with AdamW on the same bytes; the peer's losses and logits beside ours.
+"""What is learned: bits per byte with Muon and with AdamW on the same bytes.
 
 The text is what every Python brings: its library's sources and its reference manual in English, as bytes.
 """
@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.pretrain_steps import TokensOf, batch_of, our_step, peer_of, peer_step, started
-from pensar.model.attention import Packed
-from pensar.model.config import ModelConfig, replace
+from benchmarks.pretrain_steps import TokensOf, batch_of, our_step, started
+from pensar.model.config import ModelConfig
 from pensar.model.qwen3 import Qwen3
 from pensar.train.loss import LossConfig, batch_loss
 from pensar.train.optimizer import OptimizerConfig
@@ -36,21 +35,6 @@ ADAMW_RATES = (1e-3, 1.7e-3, 3e-3)
 MUON = OptimizerConfig(lr=3e-3, adamw_lr=3e-3)
 HELD_OUT = 10
 """Every such file is held out."""
-PARITY = ModelConfig(
-    vocab_size=256,
-    hidden_size=128,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=64,
-    intermediate_size=384,
-    tied=True,
-)
-"""Heads and rows (256 tokens) as the attention in blocks takes them."""
-PARITY_SPARSE = replace(
-    PARITY, num_experts=8, experts_per_token=2, moe_intermediate_size=96, router_balance_weight=0.0
-)
-PARITY_ROWS = 4
 
 
 @lru_cache(maxsize=1)
@@ -67,12 +51,12 @@ def text() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     return np.frombuffer(kept, np.uint8), np.frombuffer(held_out, np.uint8)
 
 
-def text_tokens(rows: int, context: int = CONTEXT) -> TokensOf:
-    """Windows of the text to learn from, drawn by the number of the step."""
+def text_tokens(rows: int, context: int = CONTEXT, seed: int = 0) -> TokensOf:
+    """Windows of the text to learn from, drawn by the seed and the number of the step."""
     data = text()[0]
 
     def tokens_of(step: int) -> NDArray[np.int32]:
-        starts = np.random.default_rng((1, step)).integers(0, len(data) - context, rows)
+        starts = np.random.default_rng((1 + seed, step)).integers(0, len(data) - context, rows)
         return np.stack([data[start : start + context] for start in starts]).astype(np.int32)
 
     return tokens_of
@@ -118,39 +102,3 @@ def muon_and_adamw(
     """Bits per byte by Muon, and by AdamW at each of the rates."""
     adamw = {lr: learned(OptimizerConfig(muon=False, adamw_lr=lr), num_tokens, windows) for lr in rates}
     return learned(MUON, num_tokens, windows), adamw
-
-
-def losses(config: ModelConfig, steps: int, compiling: bool) -> tuple[list[float], list[float]]:
-    """Ours and the peer's, step by step, from the same weights on the same text, AdamW at the same rate."""
-    tokens_of = text_tokens(PARITY_ROWS)
-    model = started(config)
-    more = {"experts_implementation": "eager"} if config.num_experts else {}
-    theirs = peer_step(peer_of(model, **more), tokens_of, compiling=False, fused=False)
-    with ExitStack() as stack:
-        ours = our_step(model, tokens_of, stack, compiling=compiling)
-        pairs = [(ours(), theirs()) for _ in range(steps)]
-    return [our for our, _ in pairs], [their for _, their in pairs]
-
-
-def peers_apart(config: ModelConfig, steps: int) -> float:
-    """Largest difference between the losses of two of the peer's own ways to compute experts: rounding alone moves a
-    token whose experts are nearly tied to another expert, and losses part from there on."""
-    tokens_of, model = text_tokens(PARITY_ROWS), started(config)
-    eager, grouped = (
-        peer_step(peer_of(model, experts_implementation=way), tokens_of, compiling=False, fused=False)
-        for way in ("eager", "grouped_mm")
-    )
-    return max(abs(eager() - grouped()) for _ in range(steps))
-
-
-def logits_apart(config: ModelConfig) -> tuple[float, float]:
-    """Largest difference of any logit in float32, and the largest logit."""
-    model = started(config).eval()
-    more = {"experts_implementation": "eager"} if config.num_experts else {}
-    peer = peer_of(model, **more).eval()
-    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, config.vocab_size, (2, 300)))
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    with torch.inference_mode():
-        ours = model.logits(model(tokens, positions, Packed()))
-        theirs = peer(input_ids=tokens).logits
-    return float((ours - theirs).abs().max()), float(theirs.abs().max())

@@ -81,9 +81,9 @@ def batch_of(tokens: NDArray[np.int32]) -> Batch:
     return Batch(tokens=tokens, positions=positions, segments=np.ones_like(tokens), ce=ce)
 
 
-def started(config: ModelConfig) -> Qwen3:
+def started(config: ModelConfig, seed: int = 0) -> Qwen3:
     model = Qwen3(config)
-    initialize(model, 0)
+    initialize(model, seed)
     return model.train()
 
 

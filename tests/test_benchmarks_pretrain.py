@@ -11,7 +11,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import pretrain, pretrain_balance, pretrain_learning, pretrain_loading, pretrain_steps
+from benchmarks import (
+    pretrain,
+    pretrain_balance,
+    pretrain_learning,
+    pretrain_loading,
+    pretrain_parity,
+    pretrain_steps,
+)
 from pensar.model.config import ModelConfig, replace
 from pensar.model.weights import load_model, save_model
 
@@ -120,14 +127,42 @@ def test_a_model_that_knows_nothing_needs_eight_bits_a_byte() -> None:
 
 
 def test_losses_and_logits_are_the_peers() -> None:
-    ours, theirs = pretrain_learning.losses(SPARSE_TEXT, steps=4, compiling=False)
+    ours, theirs = pretrain_parity.losses(SPARSE_TEXT, steps=4, compiling=False)
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert ours[-1] < ours[0]
-    apart, largest = pretrain_learning.logits_apart(SMALL)
+    apart, largest = pretrain_parity.logits_apart(SMALL)
     assert apart < 1e-6 < largest
 
 
 SPARSE_TEXT = replace(SPARSE, vocab_size=256, router_balance_weight=0.0)
+
+
+def test_the_same_experts_are_taken_and_what_would_have_differed_is_counted() -> None:
+    """Followed by itself a run differs in nothing; by a run from other weights nearly every token is sent elsewhere."""
+    choices = pretrain_parity.Choices()
+    steps = 3
+    theirs = pretrain_parity.peer_losses(SPARSE_TEXT, steps, within=choices.kept)
+    assert len(choices.chosen) == steps * SPARSE_TEXT.num_layers
+    for run in (pretrain_parity.peer_losses, pretrain_parity.our_losses):
+        same = choices.followed()
+        assert run(SPARSE_TEXT, steps, within=same.within) == pytest.approx(theirs, abs=1e-5)
+        same.end()
+        assert same.differing == 0
+        assert same.gap < 1e-6
+    other = choices.followed()
+    pretrain_parity.our_losses(SPARSE_TEXT, steps, seed=1, within=other.within)
+    assert other.differing > len(choices.chosen) * pretrain_parity.ROWS * 256 // 2
+    assert other.gap > 1e-3
+    with pytest.raises(AssertionError, match="left over"):
+        choices.followed().end()
+
+
+def test_moved_weights_are_neighbours() -> None:
+    model, before = pretrain_steps.started(SMALL), pretrain_steps.started(SMALL)
+    pretrain_parity.move(model, 0)
+    for weight, old in zip(model.parameters(), before.parameters(), strict=True):
+        apart = (weight.view(torch.int32) - old.view(torch.int32)).abs()
+        assert torch.equal(apart, torch.ones_like(apart))
 
 
 def test_only_shares_of_the_whole_step_give_the_whole_batchs_gradient() -> None:

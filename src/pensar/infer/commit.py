@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pensar.base.errors import ModelError
 from pensar.infer.adaptive import AdaptiveBudget
 from pensar.infer.budget import Bools, Thinking
+from pensar.infer.constraint import apply_all
 from pensar.infer.request import FinishReason, Ints, TopLogprobs
 from pensar.infer.rows import RunningRows
 from pensar.infer.sampling import Rules, logprobs, rules_of, sample, top_logprobs, uniforms
@@ -108,7 +108,7 @@ class Commit:
         raw_MV = logits_SV
         if len(source_M) != len(logits_SV) or (source_M != np.arange(len(source_M))).any():
             raw_MV = logits_SV[torch.from_numpy(source_M).to(logits_SV.device)]
-        allowed_MV, reasons = self._constrained(rows_A, drafts_A, offset_A, raw_MV)
+        allowed_MV = self._constrained(rows_A, drafts_A, offset_A, raw_MV)
         index_M = state["total"][rows_M] - state["prompt"][rows_M] + step_M
         uniform = torch.from_numpy(uniforms(state["seed"][rows_M], index_M)).to(raw_MV.device)
         draw = sample(allowed_MV, self._rules_of(rows_M, raw_MV.device), uniform)
@@ -119,7 +119,7 @@ class Commit:
             rows, at = rows_A[going], offset_A[going] + turn
             guesses = self._rows.tokens[rows, np.minimum(state["total"][rows], state["limit"][rows] - 1)]
             ids, sound = ids_M[at], sound_M[at]
-            self._fail(rows[~sound], reasons)
+            self._fail(rows[~sound], at[~sound], raw_MV)
             on = self._settle(rows, ids, sound, at, raw_MV, total_M)
             kept = on & (drafts_A[going] > turn) & (guesses == ids)
             state["computed"][rows[kept]] += 1
@@ -190,30 +190,19 @@ class Commit:
         elif state["total"][row] >= state["limit"][row]:
             self._end(np.asarray([row]), "length")
 
-    def _constrained(
-        self, rows_A: Ints, drafts_A: Ints, offset_A: Ints, raw_MV: Tensor
-    ) -> tuple[Tensor, dict[int, str]]:
-        """The logits after what requests ask for beside plain rules, and why a row can have no token at all."""
-        reasons: dict[int, str] = {}
-        if not any(self._rows.constraints):
-            return raw_MV, reasons
+    def _constrained(self, rows_A: Ints, drafts_A: Ints, offset_A: Ints, raw_MV: Tensor) -> Tensor:
+        """The logits after what requests ask for beside plain rules, each draft taken to be right."""
+        chosen = [self._rows.constraints[row] for row in rows_A.tolist()]
+        if not any(chosen):
+            return raw_MV
+        total_A = self._rows.state["total"][rows_A]
+        drafts = [
+            self._rows.tokens[row, total : total + count].tolist()
+            for row, total, count in zip(rows_A.tolist(), total_A.tolist(), drafts_A.tolist(), strict=True)
+        ]
         allowed_MV = raw_MV.clone()
-        for row, drafts, at in zip(rows_A.tolist(), drafts_A.tolist(), offset_A.tolist(), strict=True):
-            constraint = self._rows.constraints[row]
-            if constraint is None:
-                continue
-            total, accepted = int(self._rows.state["total"][row]), 0
-            try:
-                for turn in range(drafts + 1):
-                    constraint.apply(allowed_MV[at + turn])
-                    if turn < drafts:
-                        constraint.accept(int(self._rows.tokens[row, total + turn]))
-                        accepted += 1
-            except ModelError as error:
-                reasons[row] = str(error)
-                allowed_MV[at + accepted : at + drafts + 1] = torch.nan
-            constraint.rollback(accepted)
-        return allowed_MV, reasons
+        apply_all(allowed_MV, chosen, offset_A.tolist(), drafts)
+        return allowed_MV
 
     def _rules_of(self, rows_M: Ints, device: torch.device) -> Rules:
         """The sampling rules, kept while the same rows are drawn for."""
@@ -227,12 +216,12 @@ class Commit:
         for row in rows.tolist():
             self._ended[row] = (reason, None, False)
 
-    def _fail(self, rows: Ints, reasons: dict[int, str]) -> None:
+    def _fail(self, rows: Ints, at: Ints, raw_MV: Tensor) -> None:
         """Ends rows that no token could be drawn for."""
-        for row in rows.tolist():
-            name = self._rows.requests[row].id
-            if row in reasons:
-                self._ended[row] = ("error", f"request {name}: {reasons[row]}", False)
+        for row, index in zip(rows.tolist(), at.tolist(), strict=True):
+            name, constraint = self._rows.requests[row].id, self._rows.constraints[row]
+            if constraint is not None and bool(raw_MV[index].max().isfinite()):
+                self._ended[row] = ("error", f"request {name}: {constraint.explain()}", False)
                 continue
             text = (
                 f"the model gave NaN or infinite logits at position {int(self._rows.state['total'][row])} of request "

@@ -18,6 +18,7 @@ from pensar.infer.adapters import checked_name, read_adapter
 from pensar.infer.adaptive import AdaptiveBudget
 from pensar.infer.budget import NO_BUDGET, THINKING, Thinking
 from pensar.infer.commit import Commit
+from pensar.infer.constraint import Constraints
 from pensar.infer.pages import PagePool
 from pensar.infer.queue import Entry
 from pensar.infer.request import Completion, FinishReason, Piece, Request, SamplingParams, checked_prompt
@@ -73,6 +74,7 @@ class Engine:
             check_tokenizer(config, tokenizer.vocab_size)
             end_ids = (tokenizer.eos_id, tokenizer.pad_id)
             self._thinking = Thinking(tokenizer) if THINK in tokenizer.control_tokens else None
+        self.constraints = Constraints(config.vocab_size, tokenizer, self._thinking, end_ids)
         self.slots = slots
         self.max_positions = min(config.max_positions, max_tokens_per_slot or config.max_positions)
         self.pool = PagePool(cache_pages(self.runner, slots, self.max_positions, cache_tokens))
@@ -113,6 +115,7 @@ class Engine:
         if not self._live and weights_stamp(self.runner.model) != self._stamp:
             self.load(self.runner.model)
         entry = Entry(request, prompt, self._arrivals)
+        entry.constraint = self.constraints.of(request, prompt)
         if request.timeout_seconds is not None:
             entry.deadline = self._clock() + request.timeout_seconds
         self._arrivals += 1

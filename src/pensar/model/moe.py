@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from pensar.model import hardware
 from pensar.model.config import ModelConfig
 from pensar.model.dispatch import returned, sent
+from pensar.model.routed import LEAST, routed_swiglu
 
 
 class Routing(NamedTuple):
@@ -41,6 +42,12 @@ class Experts(nn.Module):
     def forward(self, sorted_x_MD: Tensor, counts_E: Tensor) -> Tensor:
         """SwiGLU of rows that are sorted by expert."""
         return swiglu(sorted_x_MD, counts_E, self.gate_up_proj, self.down_proj)
+
+    def routed(self, x_ND: Tensor, weights_Nk: Tensor, order_M: Tensor, counts_E: Tensor) -> Tensor:
+        """Each token's sum of its experts' SwiGLU times their weights, by one operator for training on a CPU."""
+        weights = self.gate_up_proj, self.down_proj
+        out_ND: Tensor = routed_swiglu(x_ND, weights_Nk, order_M, counts_E, *weights)[0]
+        return out_ND
 
 
 def swiglu(sorted_x_MD: Tensor, counts_E: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor) -> Tensor:
@@ -82,9 +89,29 @@ class SparseMLP(nn.Module):
             rows_MD = self.experts(sent(x_ND, order_M, self.k), counts_E)
             rows_MD = rows_MD * weights_Nk.flatten().gather(0, order_M)[:, None].to(x.dtype)
             return returned(rows_MD, order_M, self.k).view_as(x)
+        if self._in_one(x_ND):
+            return self.experts.routed(x_ND, weights_Nk.to(x.dtype), order_M, counts_E).view_as(x)
         token_M = order_M // self.k
         out_MD = self.experts(x_ND[token_M], counts_E) * weights_Nk.flatten()[order_M, None].to(x.dtype)
         return torch.zeros_like(x_ND).index_add(0, token_M, out_MD).view_as(x)
+
+    def _in_one(self, x_ND: Tensor) -> bool:
+        """Whether one operator takes the tokens to the experts and back: training on a CPU, with enough of them.
+
+        Experts of any other class (spread over ranks, in few bits, with LoRA) have their own way with rows.
+        """
+        experts = self.experts
+        return (
+            type(experts) is Experts
+            and x_ND.device.type == "cpu"
+            and x_ND.dtype == experts.gate_up_proj.dtype
+            and x_ND.dtype in (torch.float32, torch.float64)
+            and torch.is_grad_enabled()
+            and experts.gate_up_proj.requires_grad
+            and experts.down_proj.requires_grad
+            and not torch.is_autocast_enabled("cpu")
+            and len(x_ND) * self.k >= LEAST * self.num_experts
+        )
 
 
 def grouped(x_MD: Tensor, w_EOD: Tensor, counts_E: Tensor) -> Tensor:

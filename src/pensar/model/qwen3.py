@@ -19,7 +19,7 @@ from pensar.model.moe import SparseMLP
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the division in float32."""
+    """x / rms(x) * weight, the division at least in float32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
+        if x.dtype in (torch.float32, torch.float64):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
 

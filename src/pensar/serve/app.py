@@ -53,6 +53,7 @@ def make_service(
         worker,
         metrics,
         context=engine.max_positions,
+        grammars=engine.constraints.grammars,
         generation=generation or Generation(),
     )
 

@@ -33,7 +33,6 @@ from pensar.serve.wire import (
     Logprobs,
     ReplyMessage,
     read_request,
-    usage,
 )
 from pensar.text.chat import encode_prompt
 from pensar.text.conversation import ToolCall
@@ -66,6 +65,7 @@ def _prepare(service: Service, asked: ChatRequest) -> tuple[list[int], list[Samp
     except PensarError as error:
         raise invalid(str(error), "messages") from error
     params = chat_params(asked, conversation, len(tokens), service.context, service.generation)
+    service.check_grammar(params[0])
     return tokens, params, bool(conversation.tools)
 
 
@@ -89,7 +89,7 @@ def _completion(service: Service, asked: ChatRequest, answer: Answer) -> ChatCom
         created=timestamp(),
         model=service.config.model_name,
         choices=choices,
-        usage=usage(answer.prompt_tokens, answer.completion_tokens, answer.reasoning_tokens),
+        usage=answer.usage(),
     )
 
 
@@ -121,7 +121,7 @@ async def _events(service: Service, asked: ChatRequest, answer: Answer) -> Async
             if answer.replies[index].finish_reason is not None:
                 yield chunk(index, ReplyMessage(), last=True)
     if asked.include_usage:
-        total = usage(answer.prompt_tokens, answer.completion_tokens, answer.reasoning_tokens)
+        total = answer.usage()
         yield event(ChatChunk(id=identifier, created=created, model=model, choices=[], usage=total))
 
 

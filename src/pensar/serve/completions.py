@@ -21,7 +21,7 @@ from pensar.serve.transport import (
     timestamp,
     while_connected,
 )
-from pensar.serve.wire import CompletionRequest, TextChoice, TextCompletion, TextLogprobs, read_request, usage
+from pensar.serve.wire import CompletionRequest, TextChoice, TextCompletion, TextLogprobs, read_request
 
 MAX_SEQUENCES = 256
 """Prompts times `n` of one request."""
@@ -60,7 +60,7 @@ async def answer_completion(service: Service, request: Request) -> Response:
                 )
                 for index, (echo, reply) in enumerate(zip(echoes, replies, strict=True))
             ],
-            usage=usage(answer.prompt_tokens, answer.completion_tokens, answer.reasoning_tokens),
+            usage=answer.usage(),
         )
     )
 
@@ -147,5 +147,5 @@ async def _events(
             if text or reason:
                 yield chunk(TextChoice(index=index, text=text, finish_reason=reason))
     if asked.include_usage:
-        total = usage(answer.prompt_tokens, answer.completion_tokens, answer.reasoning_tokens)
+        total = answer.usage()
         yield event(TextCompletion(id=identifier, created=created, model=model, choices=[], usage=total))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from pensar.infer.engine import Piece
-from pensar.serve.wire import FinishReason, TokenLogprob
+from pensar.serve.wire import FinishReason, TokenLogprob, TopLogprob
 from pensar.text.conversation import ToolCall
 from pensar.text.reply import Delta, ReplyParser
 from pensar.text.tokenizer import StreamDecoder, Tokenizer
@@ -55,6 +55,7 @@ class Accounts:
 
     completion_tokens: int = 0
     reasoning_tokens: int = 0
+    cached_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
@@ -139,8 +140,19 @@ class Reply:
     def _count(self, piece: Piece) -> None:
         self.accounts.completion_tokens += len(piece.tokens)
         self.accounts.reasoning_tokens = piece.reasoning_tokens
-        for token, logprob in zip(piece.tokens, piece.logprobs or (), strict=False):
+        self.accounts.cached_tokens = piece.cached_tokens
+        tops = piece.top_logprobs or [[]] * len(piece.tokens)
+        for token, logprob, top in zip(piece.tokens, piece.logprobs or (), tops, strict=False):
             data = self._tokenizer.decode_bytes([token])
             self.accounts.logprobs.append(
-                TokenLogprob(token=data.decode("utf-8", "replace"), logprob=logprob, bytes=list(data))
+                TokenLogprob(
+                    token=data.decode("utf-8", "replace"),
+                    logprob=logprob,
+                    bytes=list(data),
+                    top_logprobs=[self._likely(*entry) for entry in top],
+                )
             )
+
+    def _likely(self, token: int, logprob: float) -> TopLogprob:
+        data = self._tokenizer.decode_bytes([token])
+        return TopLogprob(token=data.decode("utf-8", "replace"), logprob=logprob, bytes=list(data))

@@ -13,8 +13,9 @@ import msgspec
 from pensar.base.files import seed_of
 from pensar.infer.engine import SamplingParams
 from pensar.infer.generation import Defaults, Generation
-from pensar.serve.failure import invalid, overlong, unsupported
-from pensar.serve.wire import MAX_STOPS, ChatRequest, SamplingFields, SentMessage
+from pensar.infer.request import MAX_TOP_LOGPROBS, Grammar
+from pensar.serve.failure import invalid, overlong
+from pensar.serve.wire import MAX_STOPS, ChatRequest, SamplingFields, SentMessage, StructuredOutputs
 from pensar.text.chat import mode_of
 from pensar.text.conversation import Conversation, Message, ToolCall
 
@@ -30,10 +31,12 @@ RAW = Defaults(temperature=1.0, top_p=1.0, top_k=0)
 def conversation_of(request: ChatRequest) -> Conversation:
     """The request's messages and tools in the product's own terms; raises ApiError where they cannot be expressed."""
     choice = request.tool_choice
-    if choice is not None and choice not in ("auto", "none"):
-        raise unsupported(
-            "tool_choice", 'tool_choice must be "auto" or "none": this server cannot force a call.'
+    if isinstance(choice, str) and choice not in ("auto", "none", "required"):
+        raise invalid(
+            f'tool_choice {choice!r} must be "auto", "none", "required" or a function.', "tool_choice"
         )
+    if choice not in (None, "auto", "none") and not request.tools:
+        raise invalid("tool_choice asks for a call, but the request has no tools; add them.", "tool_choice")
     tools: tuple[dict[str, Any], ...] = ()
     if request.tools and choice != "none":
         tools = tuple(msgspec.to_builtins(tool) for tool in request.tools)
@@ -103,6 +106,8 @@ def chat_params(
         stop_ids=generation.end_ids,
         thinking_budget=budget,
         logprobs=bool(request.logprobs),
+        top_logprobs=request.top_logprobs or 0,
+        grammar=_tool_grammar(request) or _answer_grammar(request),
     )
     return _params(request, generation.defaults(mode), shared)
 
@@ -113,15 +118,74 @@ def completion_params(
     """The same for /v1/completions, where the text is continued as it is."""
     _check_common(request)
     room = _room(num_prompt_tokens, request.max_tokens or COMPLETION_MAX_TOKENS, context)
-    return _params(
-        request, RAW, SamplingParams(max_tokens=room, stop_ids=generation.end_ids, logprobs=logprobs)
-    )
+    grammar = _structured(request.structured_outputs)
+    shared = SamplingParams(max_tokens=room, stop_ids=generation.end_ids, logprobs=logprobs, grammar=grammar)
+    return _params(request, RAW, shared)
+
+
+def _answer_grammar(request: ChatRequest) -> Grammar | None:
+    """What the answer has to match."""
+    wanted = request.response_format
+    if wanted is None or wanted.type == "text":
+        return _structured(request.structured_outputs)
+    if wanted.type == "json_object":
+        return Grammar(kind="json_object")
+    if wanted.json_schema is None or wanted.json_schema.schema is None:
+        raise invalid(
+            "response_format of type json_schema has no json_schema.schema; send the schema, or type json_object for "
+            "any object.",
+            "response_format.json_schema",
+        )
+    return Grammar(kind="json_schema", text=_json(wanted.json_schema.schema))
+
+
+def _structured(wanted: StructuredOutputs | None) -> Grammar | None:
+    if wanted is None:
+        return None
+    given = {
+        "json_schema": None if wanted.json is None else _json(wanted.json),
+        "regex": wanted.regex,
+        "choice": None if wanted.choice is None else _json(wanted.choice),
+        "ebnf": wanted.grammar,
+    }
+    kinds = [kind for kind, text in given.items() if text is not None]
+    if len(kinds) != 1:
+        raise invalid(
+            f"structured_outputs has {len(kinds)} of json, regex, choice and grammar; send one.",
+            "structured_outputs",
+        )
+    return msgspec.convert({"kind": kinds[0], "text": given[kinds[0]]}, Grammar)
+
+
+def _tool_grammar(request: ChatRequest) -> Grammar | None:
+    """How calls have to look, where the request insists: by its choice, or by a function that is strict."""
+    tools, choice = request.tools or (), request.tool_choice
+    strict = any(tool.function.strict for tool in tools)
+    if not tools or choice == "none" or (choice in (None, "auto") and not strict):
+        return None
+    if _answer_grammar(request) is not None:
+        raise invalid(
+            "the request has a format for its answer and insists on tool calls; an answer cannot be both: leave out "
+            "one of them.",
+            "response_format",
+        )
+    content = {
+        "tools": msgspec.to_builtins(list(tools)),
+        "tool_choice": choice or "auto",
+        "parallel_tool_calls": request.parallel_tool_calls is not False,
+    }
+    return Grammar(kind="tools", text=_json(content))
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def _params(request: SamplingFields, defaults: Defaults, shared: SamplingParams) -> list[SamplingParams]:
     """`shared` once per choice, with how to draw filled in; only the seed differs."""
     seed = request.seed if request.seed is not None else secrets.randbits(62)
     top_k = defaults.top_k if request.top_k is None else max(0, request.top_k)
+    bias = tuple((int(token), bias) for token, bias in (request.logit_bias or {}).items())
     return [
         msgspec.structs.replace(
             shared,
@@ -129,6 +193,12 @@ def _params(request: SamplingFields, defaults: Defaults, shared: SamplingParams)
             top_p=defaults.top_p if request.top_p is None else request.top_p,
             top_k=top_k,
             min_p=defaults.min_p if request.min_p is None else request.min_p,
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
+            logit_bias=bias,
+            min_tokens=request.min_tokens or 0,
+            ignore_eos=bool(request.ignore_eos),
             seed=seed_of("choice", seed, index),
         )
         for index in range(request.n or 1)
@@ -143,12 +213,20 @@ def _room(num_prompt_tokens: int, wanted: int | None, context: int) -> int:
 
 def _check_common(request: SamplingFields) -> None:
     for name in ("presence_penalty", "frequency_penalty"):
-        if getattr(request, name):
-            raise unsupported(
-                name, f"{name} {getattr(request, name)} is not supported; send 0 or leave it out."
+        value = getattr(request, name) or 0
+        if not -2 <= value <= 2:
+            raise invalid(f"{name} {value} must be at least -2 and at most 2.", name)
+    penalty = request.repetition_penalty
+    if penalty is not None and not 0.01 <= penalty <= 100:
+        raise invalid(
+            f"repetition_penalty {penalty} must be at least 0.01 and at most 100.", "repetition_penalty"
+        )
+    for token, bias in (request.logit_bias or {}).items():
+        if not token.isascii() or not token.isdigit() or not -100 <= bias <= 100:
+            raise invalid(
+                f"logit_bias has {token!r}: {bias}; its keys are token ids, its values -100 to 100.",
+                "logit_bias",
             )
-    if request.logit_bias:
-        raise unsupported("logit_bias", "logit_bias is not supported; leave it out.")
     if len(request.stops) > MAX_STOPS:
         raise invalid(f"stop has {len(request.stops)} strings; at most {MAX_STOPS} are allowed.", "stop")
     if "" in request.stops:
@@ -167,15 +245,13 @@ def _check_chat(request: ChatRequest) -> None:
         raise invalid(
             f"reasoning_effort {request.reasoning_effort!r} is not one of {allowed}.", "reasoning_effort"
         )
-    if request.top_logprobs:
-        raise unsupported(
-            "top_logprobs", "top_logprobs is not supported beyond 0: only chosen tokens have logprobs."
+    if request.top_logprobs is not None and not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
+        raise invalid(
+            f"top_logprobs {request.top_logprobs} must be at least 0 and at most {MAX_TOP_LOGPROBS}.",
+            "top_logprobs",
         )
-    if request.response_format is not None and request.response_format.type != "text":
-        kind = request.response_format.type
-        raise unsupported(
-            "response_format", f"response_format {kind!r} is not supported; ask for JSON in a message."
-        )
+    if request.top_logprobs and not request.logprobs:
+        raise invalid("top_logprobs needs logprobs; send logprobs true as well.", "top_logprobs")
 
 
 def flat_prompts(prompt: Any) -> Sequence[str | list[int]]:

@@ -10,14 +10,16 @@ import numpy as np
 from starlette.requests import Request
 
 from pensar.base.config import Config
-from pensar.base.errors import ConfigError
+from pensar.base.errors import ConfigError, ModelError
 from pensar.infer.budget import THINKING, Thinking
 from pensar.infer.engine import SamplingParams
 from pensar.infer.generation import Generation
-from pensar.serve.failure import ApiError
+from pensar.infer.grammar import Grammars
+from pensar.serve.failure import ApiError, invalid
 from pensar.serve.metrics import ServerMetrics
 from pensar.serve.reply import Reply
 from pensar.serve.transport import read_body, timestamp
+from pensar.serve.wire import Usage, usage
 from pensar.serve.worker import Worker
 from pensar.text.reply import Delta, ReplyParser
 from pensar.text.tokenizer import THINK, Tokenizer
@@ -59,6 +61,7 @@ class Service:
     metrics: ServerMetrics
     context: int
     """Tokens that prompt and reply may have together."""
+    grammars: Grammars | None = None
     generation: Generation = field(default_factory=Generation)
     """How the model is sampled where a request says nothing."""
     created: int = field(default_factory=timestamp)
@@ -69,6 +72,17 @@ class Service:
             return ReplyParser()
         phase = Thinking(self.tokenizer).phase_of(np.asarray(prompt, np.int64))
         return ReplyParser(thinking=phase == THINKING)
+
+    def check_grammar(self, params: SamplingParams) -> None:
+        """Compiles a request's grammar, which may take seconds; raises ApiError (400) for one that cannot be used."""
+        if params.grammar is None:
+            return
+        try:
+            if self.grammars is None:
+                raise ModelError("this server has no tokenizer for grammars")
+            self.grammars.compiled(params.grammar)
+        except ModelError as error:
+            raise invalid(f"The answer's grammar cannot be used: {error}.", "response_format") from error
 
     async def read(self, request: Request) -> bytes:
         """The body of an authorised request; raises ApiError (401, 413)."""
@@ -129,6 +143,10 @@ class Answer:
     @property
     def reasoning_tokens(self) -> int:
         return sum(reply.accounts.reasoning_tokens for reply in self.replies)
+
+    def usage(self) -> Usage:
+        cached = max((reply.accounts.cached_tokens for reply in self.replies), default=0)
+        return usage(self.prompt_tokens, self.completion_tokens, self.reasoning_tokens, cached)
 
     async def deltas(self) -> AsyncGenerator[tuple[int, list[Delta]] | None]:
         """(choice, deltas) as the engine makes them; None after each `keep_alive_seconds` of silence.

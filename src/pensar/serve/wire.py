@@ -72,8 +72,26 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool = False
 
 
+class JsonSchema(msgspec.Struct, kw_only=True):
+    name: str = ""
+    schema: dict[str, Any] | bool | None = None
+    strict: bool | None = None
+
+
 class ResponseFormat(msgspec.Struct, kw_only=True):
-    type: str = "text"
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True):
+    """What the answer has to match, one of these, in vLLM's spelling."""
+
+    json: Any = None
+    """A JSON schema."""
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    """Rules in Lark's or GBNF's notation."""
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
@@ -93,7 +111,12 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    """By token id."""
+    min_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    ignore_eos: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -118,6 +141,7 @@ class ChatRequest(SamplingFields, kw_only=True):
     enable_thinking: bool | None = None
     thinking_budget: int | None = None
     """Most tokens of thinking; 0 closes it at once, None sets no limit."""
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
     reasoning_effort: str | None = None
 
@@ -159,22 +183,28 @@ class Usage(msgspec.Struct, kw_only=True):
     completion_tokens_details: CompletionDetails
 
 
-def usage(prompt_tokens: int, completion_tokens: int, reasoning_tokens: int) -> Usage:
+def usage(prompt_tokens: int, completion_tokens: int, reasoning_tokens: int, cached_tokens: int) -> Usage:
     """Counts of tokens; the completion's include its reasoning and the end of the turn."""
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
-        prompt_tokens_details=PromptDetails(),
+        prompt_tokens_details=PromptDetails(cached_tokens=cached_tokens),
         completion_tokens_details=CompletionDetails(reasoning_tokens=reasoning_tokens),
     )
+
+
+class TopLogprob(msgspec.Struct, kw_only=True):
+    token: str
+    logprob: float
+    bytes: list[int]
 
 
 class TokenLogprob(msgspec.Struct, kw_only=True):
     token: str
     logprob: float
     bytes: list[int]
-    top_logprobs: list[Any] = []
+    top_logprobs: list["TopLogprob"] = []
 
 
 class Logprobs(msgspec.Struct, kw_only=True):

@@ -115,7 +115,9 @@ def compiled(model: Qwen3, on: bool = True) -> Iterator[None]:
     call = torch.compiler.disable(_call) if on else _call
     experts = [block.mlp.experts for block in blocks if isinstance(block.mlp, SparseMLP)]
     for layer in experts:
-        vars(layer)["forward"] = torch.compiler.disable(layer.forward)
+        for name in ("forward", "routed"):
+            if hasattr(layer, name):
+                vars(layer)[name] = torch.compiler.disable(getattr(layer, name))
     for block in blocks:
         vars(block)["forward"] = partial(_calling, torch.compile(block.forward, dynamic=False), call)
     try:
@@ -125,6 +127,7 @@ def compiled(model: Qwen3, on: bool = True) -> Iterator[None]:
     finally:
         for module in (*blocks, *experts):
             del vars(module)["forward"]
+            vars(module).pop("routed", None)
 
 
 class _Called:

@@ -29,6 +29,7 @@ KEPT = frozenset(
         "aten::_scaled_dot_product_fused_attention_overrideable",
         "torch_attn::_varlen_attn",
         "pensar::causal_attention",
+        "pensar::routed_swiglu",
         "flex_attention",
         "_c10d_functional::all_to_all_single",
         "_c10d_functional::reduce_scatter_tensor",
