@@ -267,3 +267,19 @@ def test_a_tokenizer_larger_than_the_model_is_refused(make_model, tokenizer, tmp
         LLM(tmp_path)
     with pytest.raises(ModelError, match="not a folder"):
         LLM(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(open_llm, tokenizer, vocables, streamed):
+    llm = open_llm([*vocables, *tokenizer.encode(" on the mat"), tokenizer.eos_id])
+    whole = llm.chat(QUESTION, max_tokens=20).content
+    stop = whole[5:7]
+    options = {"max_tokens": 20, "stop": [stop]}
+    if streamed:
+        deltas = list(llm.stream(QUESTION, **options))
+        assert "".join(delta.text for delta in deltas) == whole[: whole.index(stop)]
+        return
+    reply = llm.chat(QUESTION, **options)
+    assert reply.content == whole[: whole.index(stop)]
+    assert reply.finish_reason == "stop"
+    assert llm.chat(QUESTION, max_tokens=20, logit_bias={vocables[2]: 100.0}).content != whole

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from pensar.infer import sampling
 from pensar.infer.rows import FIELDS
-from pensar.infer.sampling import logprobs, rules_of, sample, uniforms
+from pensar.infer.sampling import logprobs, rules_of, sample, top_logprobs, uniforms
 
 DRAWS = 40_000
 
@@ -16,12 +17,12 @@ def rows(*styles):
     return array
 
 
-def frequencies(logits, style, seed=0):
-    """Share of each token among DRAWS draws from one row of logits."""
-    values = torch.from_numpy(uniforms(np.full(DRAWS, seed, np.uint64), np.arange(DRAWS)))
-    rules = rules_of(np.repeat(rows(style), DRAWS), torch.device("cpu"))
-    ids = sample(logits.expand(DRAWS, -1).clone(), rules, values).ids
-    return np.bincount(ids.numpy(), minlength=logits.shape[-1]) / DRAWS
+def frequencies(logits, style, seed=0, draws=DRAWS):
+    """Share of each token among draws from one row of logits."""
+    values = torch.from_numpy(uniforms(np.full(draws, seed, np.uint64), np.arange(draws)))
+    rules = rules_of(np.repeat(rows(style), draws), torch.device("cpu"))
+    ids = sample(logits.expand(draws, -1).clone(), rules, values).ids
+    return np.bincount(ids.numpy(), minlength=logits.shape[-1]) / draws
 
 
 def expected(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -127,3 +128,123 @@ def test_uniform_numbers_depend_on_seed_and_index_and_spread_evenly():
     assert abs(np.corrcoef(grid[:-1].ravel(), grid[1:].ravel())[0, 1]) < 0.03
     assert abs(np.corrcoef(grid[:, :-1].ravel(), grid[:, 1:].ravel())[0, 1]) < 0.03
     assert uniforms(seeds[:1, 7], indices[:1, 7]) == values[7]
+
+
+def chi_squared(share, wanted, draws):
+    """Pearson's statistic over tokens expected at least 10 times, the others together, and its degrees."""
+    counts, means = share * draws, wanted * draws
+    rare = means < 10
+    counts, means = np.append(counts[~rare], counts[rare].sum()), np.append(means[~rare], means[rare].sum())
+    counts, means = counts[means > 0], means[means > 0]
+    return ((counts - means) ** 2 / means).sum(), len(means) - 1
+
+
+@pytest.mark.parametrize(
+    "style",
+    [
+        {},
+        {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+        {"top_p": 0.9},
+        {"temperature": 1.5, "top_p": 0.97},
+        {"min_p": 0.01},
+        {"top_p": 0.9, "min_p": 0.02},
+        {"top_k": 500, "top_p": 0.99},
+    ],
+)
+@pytest.mark.parametrize("vocabulary", [600, 640])
+def test_draws_from_a_large_vocabulary_pass_a_chi_squared_test(style, vocabulary):
+    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(5)) * 2
+    share, wanted = frequencies(logits, style, seed=11, draws=6_000), expected(logits, **style)
+    assert not share[wanted == 0].any()
+    statistic, degrees = chi_squared(share, wanted, 6_000)
+    # Wilson and Hilferty's normal approximation; one in ten thousand.
+    z = ((statistic / degrees) ** (1 / 3) - (1 - 2 / (9 * degrees))) / np.sqrt(2 / (9 * degrees))
+    assert z < 3.7
+
+
+def filtered_by_sorting(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """One draw by the definition: the whole vocabulary in order, equal logits by id."""
+    values = logits.double().numpy()
+    order = np.lexsort((np.arange(len(values)), -values))
+    weights = np.exp((values[order] - values.max()) / temperature)
+    if top_k:
+        weights[top_k:] = 0
+    before = np.cumsum(weights) - weights
+    kept = (before < top_p * weights.sum()) & (weights >= min_p)
+    kept[0] = True
+    cumulative = np.cumsum(np.where(kept, weights, 0))
+    drawn = int(order[np.searchsorted(cumulative, uniform * cumulative[-1], side="right")])
+    return drawn, cumulative, weights[kept][-1]
+
+
+def test_filtered_draws_are_those_of_a_full_sort_whatever_else_is_in_the_batch():
+    generator = torch.Generator().manual_seed(2)
+    styles = [
+        {"top_k": 20, "top_p": 0.95, "temperature": 0.6},
+        {"top_k": 1},
+        {"top_k": 3_000},
+        {"top_p": 0.8, "temperature": 0.7},
+        {"top_p": 0.999, "temperature": 3.0},
+        {"min_p": 0.05},
+        {"min_p": 1e-4, "top_p": 0.9},
+        {"top_k": 7, "min_p": 0.3},
+        {"top_k": 100_000, "top_p": 0.9},
+    ]
+    logits = torch.randn(len(styles), 4_096, generator=generator) * 3
+    for kind in ("distinct", "16-bit", "flat"):
+        values = logits.bfloat16().float() if kind == "16-bit" else logits
+        if kind == "flat":  # thousands of equal ones: no look at a few tokens can be enough
+            values = (logits / 4).round()
+        uniform = torch.rand(len(styles), generator=generator)
+        together = sample(values, rules_of(rows(*styles), torch.device("cpu")), uniform).ids.tolist()
+        for i, style in enumerate(styles):
+            rules = rules_of(rows(style), torch.device("cpu"))
+            assert int(sample(values[i : i + 1], rules, uniform[i : i + 1]).ids) == together[i]
+            wanted, cumulative, smallest = filtered_by_sorting(values[i], float(uniform[i]), **style)
+            if together[i] != wanted:  # only on a border, up to rounding and the last token of the nucleus
+                distance = np.abs(cumulative - float(uniform[i]) * cumulative[-1]).min()
+                assert distance < 1e-5 * cumulative[-1] + smallest, (kind, style)
+
+
+def test_a_small_first_look_gives_the_same_draws_as_one_at_everything(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    logits = (torch.randn(200, 2_048, generator=generator) * 2).bfloat16().float()
+    uniform = torch.rand(200, generator=generator)
+    for style in ({"top_p": 0.9}, {"min_p": 0.01}, {"top_k": 5}, {"top_k": 40, "top_p": 0.5}):
+        rules = rules_of(rows(*[style] * 200), torch.device("cpu"))
+        drawn = []
+        for first, margin in ((2, 0), (2_048, 2_048)):
+            monkeypatch.setattr(sampling, "FIRST_LOOK", first)
+            monkeypatch.setattr(sampling, "MARGIN", margin)
+            drawn.append(sample(logits, rules, uniform).ids.tolist())
+        assert drawn[0] == drawn[1]
+
+
+def test_a_mask_that_leaves_fewer_tokens_than_top_k_needs_no_second_look():
+    logits = torch.full((3, 4_096), -torch.inf)
+    logits[:, [7, 9]] = torch.tensor([1.0, 1.0])
+    rules = rules_of(rows(*[{"top_k": 20, "top_p": 0.95}] * 3), torch.device("cpu"))
+    assert sample(logits, rules, torch.tensor([0.0, 0.49, 0.51])).ids.tolist() == [7, 7, 9]
+
+
+def test_the_most_likely_token_is_the_first_of_equals():
+    for vocabulary in (100, 4_096):
+        logits = torch.zeros(2, vocabulary)
+        logits[0, [90, 40, 99]] = 3.0
+        logits[1, 5:] = -torch.inf
+        rules = rules_of(rows({"temperature": 0.0}, {"temperature": 0.0}), torch.device("cpu"))
+        assert sample(logits, rules, torch.zeros(2)).ids.tolist() == [40, 0]
+
+
+def test_top_logprobs_are_the_head_of_log_softmax():
+    for vocabulary in (37, 4_096):
+        logits = torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(9)) * 4
+        ids, values = top_logprobs(logits, 20)
+        wanted = logits.double().log_softmax(-1).sort(dim=-1, descending=True, stable=True)
+        assert ids.tolist() == wanted.indices[:, :20].tolist()
+        assert values.flatten().tolist() == pytest.approx(wanted.values[:, :20].flatten().tolist(), abs=1e-5)
+    ties = torch.zeros(1, 4_096)
+    ties[0, 100] = 1
+    assert top_logprobs(ties, 1)[0].tolist() == [[100]]
+    given = top_logprobs(logits, 2, logits.logsumexp(-1))[1]
+    assert given.flatten().tolist() == pytest.approx(values[:, :2].flatten().tolist())

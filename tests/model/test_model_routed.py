@@ -94,7 +94,7 @@ def test_training_takes_it_with_many_tokens_and_agrees_with_grouped_products(lay
     assert len(calls) == 1
     with torch.no_grad():
         assert torch.equal(layer(x), found)
-    monkeypatch.setattr(moe, "LEAST", 10**9)
+    monkeypatch.setattr(moe, "ROWS_OF_ONE_OPERATOR", 10**9)
     expected, others = gradients(layer, x)
     assert len(calls) == 1
     assert torch.equal(found, expected)

@@ -5,8 +5,9 @@ import random
 import pytest
 
 from pensar.infer.engine import Piece
+from pensar.infer.stops import StopStrings
 from pensar.serve.metrics import Counter, Histogram
-from pensar.serve.reply import Reply, StopStrings
+from pensar.serve.reply import Reply
 from pensar.text.reply import ReplyParser
 from pensar.text.tokenizer import Tokenizer
 

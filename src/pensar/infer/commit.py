@@ -155,6 +155,7 @@ class Commit:
             for row, token in zip(rows.tolist(), ids.tolist(), strict=True):
                 if (constraint := self._rows.constraints[row]) is not None:
                     constraint.accept(token)
+        stopped |= self._spelled(rows, ids)
         self._end(rows[stopped], "stop")
         full = (state["total"][rows] >= state["limit"][rows]) & ~stopped
         self._end(rows[full], "length")
@@ -177,6 +178,15 @@ class Commit:
             if tops is not None:
                 tops += _likeliest(logits[index : index + 1], self._rows.requests[row].params.top_logprobs)
 
+    def _spelled(self, rows: Ints, ids: Ints) -> Bools:
+        """Where a token completes a stop string."""
+        found = np.zeros(len(rows), np.bool_)
+        if any(self._rows.stops):
+            for index, (row, token) in enumerate(zip(rows.tolist(), ids.tolist(), strict=True)):
+                matcher = self._rows.stops[row]
+                found[index] = matcher is not None and matcher.feed([token]) is not None
+        return found
+
     def _force(self, row: int, thinking: Thinking) -> None:
         """The stop sentence: computed by one pass like a part of a prompt, and then the answer begins."""
         state, rows = self._rows.state, self._rows
@@ -185,6 +195,8 @@ class Commit:
         if (constraint := rows.constraints[row]) is not None:
             for token in thinking.stop_sentence[:count].tolist():
                 constraint.accept(token)
+        if (matcher := rows.stops[row]) is not None:
+            matcher.feed(thinking.stop_sentence[:count].tolist())
         if state["logprobs"][row] and count > 1:
             state["every"][row] = True
         elif state["total"][row] >= state["limit"][row]:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from torch import Tensor
 
@@ -16,15 +15,25 @@ from pensar.base.errors import ConfigError, ModelError
 from pensar.base.ranks import World
 from pensar.infer.adapters import checked_name, read_adapter
 from pensar.infer.adaptive import AdaptiveBudget
-from pensar.infer.budget import NO_BUDGET, THINKING, Thinking
+from pensar.infer.budget import ANSWER, NO_BUDGET, THINKING, Thinking
 from pensar.infer.commit import Commit
 from pensar.infer.constraint import Constraints
 from pensar.infer.pages import PagePool
 from pensar.infer.queue import Entry
-from pensar.infer.request import Completion, FinishReason, Piece, Request, SamplingParams, checked_prompt
+from pensar.infer.request import (
+    Completion,
+    FinishReason,
+    Ints,
+    Piece,
+    Request,
+    SamplingParams,
+    checked_prompt,
+    piece_of,
+)
 from pensar.infer.rows import RunningRows
 from pensar.infer.scheduler import Plan, Scheduler
 from pensar.infer.step import PAGE, Runner, StepOutput
+from pensar.infer.stops import StopMatcher
 from pensar.infer.storage import cache_pages, is_out_of_memory, merged
 from pensar.infer.sync import broadcast_weights, weights_stamp
 from pensar.infer.torch_runner import TorchRunner
@@ -69,7 +78,7 @@ class Engine:
         self.runner: Runner = TorchRunner(model) if isinstance(model, Qwen3) else model
         config = self.runner.config
         end_ids: tuple[int, ...] = ()
-        self._thinking = None
+        self._tokenizer, self._thinking = tokenizer, None
         if tokenizer is not None:
             check_tokenizer(config, tokenizer.vocab_size)
             end_ids = (tokenizer.eos_id, tokenizer.pad_id)
@@ -115,7 +124,7 @@ class Engine:
         if not self._live and weights_stamp(self.runner.model) != self._stamp:
             self.load(self.runner.model)
         entry = Entry(request, prompt, self._arrivals)
-        entry.constraint = self.constraints.of(request, prompt)
+        entry.constraint, entry.stops = self.constraints.of(request, prompt), self._stops_of(request, prompt)
         if request.timeout_seconds is not None:
             entry.deadline = self._clock() + request.timeout_seconds
         self._arrivals += 1
@@ -130,12 +139,15 @@ class Engine:
         """
         self._advance()
         pieces = [
-            _piece(name, completion, reported, completion.finish_reason)
+            piece_of(name, completion, reported, completion.finish_reason)
             for name, (completion, reported) in self._finished.items()
         ]
         self._finished.clear()
         state = self.rows.state[: self.rows.num]
         known = np.where(state["logprobs"], np.minimum(state["computed"] + 1, state["total"]), state["total"])
+        for row, matcher in enumerate(self.rows.stops):
+            if matcher is not None:
+                known[row] = min(int(known[row]), self.rows.safe(row))
         for row in np.flatnonzero(known > state["reported"]).tolist():
             pieces.append(self._report(row, int(known[row])))
         return pieces
@@ -145,7 +157,7 @@ class Engine:
         if self.scheduler.queue.get(name) is not None:
             entry = self.scheduler.queue.remove(name)
             self._live.discard(name)
-            return _ended(entry, "abort")
+            return entry.ended("abort")
         row = self.rows.index.get(name)
         if row is not None:
             completion = self.rows.completion(row, "abort")
@@ -297,7 +309,7 @@ class Engine:
     def _expire(self) -> None:
         now = self._clock()
         for entry in self.scheduler.queue.expired(now):
-            self._finished[entry.request.id] = (_ended(entry, "deadline"), 0)
+            self._finished[entry.request.id] = (entry.ended("deadline"), 0)
             self._live.discard(entry.request.id)
         late = np.flatnonzero(self.rows.state["deadline"][: self.rows.num] <= now)
         for row in late[::-1].tolist():
@@ -321,7 +333,17 @@ class Engine:
         if state["budget"][row] != NO_BUDGET:
             thinks = state["phase"][row] <= THINKING
             left = max(0, int(state["budget"][row] - state["reasoning"][row])) if thinks else 0
-        return _piece(self.rows.requests[row].id, whole, 0, None, left, first=reported == prompt)
+        return piece_of(self.rows.requests[row].id, whole, 0, None, left, first=reported == prompt)
+
+    def _stops_of(self, request: Request, prompt: Ints) -> StopMatcher | None:
+        if not request.params.stop:
+            return None
+        if self._tokenizer is None:
+            raise ModelError(
+                f"request {request.id} has stop strings, which need an engine with a tokenizer; use stop_ids"
+            )
+        phase = ANSWER if self._thinking is None else self._thinking.phase_of(prompt)
+        return StopMatcher(self._tokenizer, request.params.stop, self._thinking, phase)
 
     def _check(self, request: Request, length: int) -> None:
         if request.id in self._live:
@@ -350,37 +372,3 @@ class Engine:
                 f"request {request.id} needs {length + params.max_tokens:,} tokens of cache, there is room for "
                 f"{room:,}; lower max_tokens or make the engine with more cache_tokens"
             )
-
-
-def _ended(entry: Entry, reason: FinishReason) -> Completion:
-    """What a request that waits has so far."""
-    if entry.resumed is not None:
-        return msgspec.structs.replace(entry.resumed.completion, finish_reason=reason)
-    return Completion(tokens=[], logprobs=[], forced=[], finish_reason=reason)
-
-
-def _piece(
-    name: str,
-    completion: Completion,
-    start: int,
-    reason: FinishReason | None,
-    left: int | None = None,
-    *,
-    first: bool | None = None,
-) -> Piece:
-    """The tokens of a completion from `start` on; what is said once goes with the first."""
-    first = start == 0 if first is None else first
-    return Piece(
-        id=name,
-        tokens=completion.tokens[start:],
-        logprobs=completion.logprobs[start:] if completion.logprobs else None,
-        forced=completion.forced[start:],
-        finish_reason=reason,
-        reasoning_tokens=completion.num_reasoning_tokens,
-        reasoning_left=left,
-        cached_tokens=completion.num_cached_tokens,
-        version=completion.version,
-        top_logprobs=completion.top_logprobs[start:] or None,
-        prompt_logprobs=(completion.prompt_logprobs or None) if first else None,
-        error=completion.error,
-    )

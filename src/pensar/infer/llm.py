@@ -10,10 +10,11 @@ import torch
 
 from pensar.base.errors import ConfigError, ModelError
 from pensar.base.files import seed_of
+from pensar.infer.adaptive import AdaptiveBudget
 from pensar.infer.budget import THINKING, Thinking
 from pensar.infer.engine import Completion, Engine, Request, SamplingParams
 from pensar.infer.generation import read_generation
-from pensar.infer.request import FinishReason, Ints, checked_tokens
+from pensar.infer.request import FinishReason, Grammar, Ints, checked_tokens
 from pensar.infer.score import score
 from pensar.model.weights import load_model
 from pensar.text.chat import Delta, ReplyParser, encode_prompt, mode_of
@@ -43,6 +44,30 @@ class ChatOptions(TypedDict, total=False):
     seed: int
     """Equal seeds give equal replies; 0 unless said otherwise."""
     stop_ids: Sequence[int]
+    stop: Sequence[str]
+    """Texts that end the answer and are not part of it."""
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float]
+    min_tokens: int
+    grammar: Grammar | None
+    """What the answer has to match; the thinking before it is free."""
+    adaptive_budget: float
+    """A thinking budget that suffices for this share of questions like this one, where the model has learned it."""
+    adapter: str
+    """A LoRA adapter loaded by `engine.load_adapter`."""
+
+
+PLAIN = (
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_tokens",
+    "grammar",
+    "adaptive_budget",
+)
+"""Options that the engine knows by the same names."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +117,7 @@ class LLM:
         self.model = load_model(folder, device=device, dtype=dtype)
         self.tokenizer = Tokenizer.load(folder)
         self.engine = Engine(self.model, self.tokenizer, slots=slots, max_tokens_per_slot=max_tokens_per_slot)
+        self.engine.adaptive = AdaptiveBudget.load(folder, self.model.config.hidden_size)
         self._thinking = Thinking(self.tokenizer) if THINK in self.tokenizer.control_tokens else None
         self.generation = read_generation(folder)
         """What the model's directory says of sampling where the caller says nothing."""
@@ -115,6 +141,7 @@ class LLM:
         request = self._request(messages, options, 0)
         parser, decoder = self._parser(request), StreamDecoder(self.tokenizer, skip_special=True)
         tokens: list[int] = []
+        said = 0
         self.engine.submit(request)
         try:
             while True:
@@ -124,13 +151,18 @@ class LLM:
                 if piece.error is not None:
                     raise ModelError(piece.error)
                 tokens += piece.tokens
-                ended = piece.finish_reason == "stop"
-                yield from parser.feed(decoder.feed(piece.tokens[:-1] if ended else piece.tokens))
+                ended = piece.finish_reason == "stop" and piece.stopped_at is None
+                text = decoder.feed(piece.tokens[:-1] if ended else piece.tokens)
+                if piece.stopped_at is not None:
+                    text = (text + decoder.close())[: piece.stopped_at - said]
+                said += len(text)
+                yield from parser.feed(text)
                 if piece.finish_reason is not None:
                     break
         finally:
             self.engine.abort(request.id)
-        yield from parser.feed(decoder.close())
+        if piece.stopped_at is None:
+            yield from parser.feed(decoder.close())
         yield from parser.close()
         usage = _usage(request, len(tokens), piece.reasoning_tokens)
         return _reply_of(parser.message(), usage, piece.finish_reason)
@@ -211,8 +243,11 @@ class LLM:
             seed=seed_of("reply", options.get("seed", 0), index),
             stop_ids=(*self.generation.end_ids, *options.get("stop_ids", ())),
             thinking_budget=None if thinking is False else options.get("thinking_budget"),
+            logit_bias=tuple(options.get("logit_bias", {}).items()),
+            stop=tuple(options.get("stop", ())),
+            **{name: value for name, value in options.items() if name in PLAIN},  # type: ignore[arg-type]
         )
-        return Request(self._next_id(), tokens, params)
+        return Request(self._next_id(), tokens, params, adapter=options.get("adapter", ""))
 
     def _next_id(self) -> str:
         self._num_requests += 1
@@ -231,10 +266,10 @@ class LLM:
         return ReplyParser(thinking=inside)
 
     def _reply(self, request: Request, completion: Completion) -> Reply:
-        ended = completion.finish_reason == "stop"
+        ended = completion.finish_reason == "stop" and completion.stopped_at is None
         text = self.tokenizer.decode(
             completion.tokens[:-1] if ended else completion.tokens, skip_special=True
-        )
+        )[: completion.stopped_at]
         parser = self._parser(request)
         parser.feed(text)
         parser.close()

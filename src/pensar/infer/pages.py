@@ -95,8 +95,8 @@ class PagePool:
         return pages
 
     def publish(self, page: int, key: bytes) -> None:
-        """Says what a full page holds; of equal pages the first is the one that is shared."""
-        if key not in self._page_of:
+        """Says what a full page holds, once; of equal pages the first is the one that is shared."""
+        if key not in self._page_of and page not in self._key_of:
             self._page_of[key] = page
             self._key_of[page] = key
 

@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pensar.infer.request import Completion, Ints, Request
+from pensar.infer.request import Completion, FinishReason, Ints, Request
 
 if TYPE_CHECKING:
     from pensar.infer.constraint import Constraint
+    from pensar.infer.stops import StopMatcher
 
 OUTPUT_WEIGHT = 2.0
 """Cost of a token of a reply in tokens of a prompt."""
@@ -35,10 +37,17 @@ class Entry:
     budget: int | None = None
     """A thinking budget that was set after the request was submitted."""
     constraint: "Constraint | None" = None
+    stops: "StopMatcher | None" = None
     resumed: "Resumed | None" = None
     """What it had when it was preempted."""
     live: bool = True
     """False once it has left the queue in another way than by its turn."""
+
+    def ended(self, reason: FinishReason) -> Completion:
+        """What it has so far, as its end."""
+        if self.resumed is not None:
+            return msgspec.structs.replace(self.resumed.completion, finish_reason=reason)
+        return Completion(tokens=[], logprobs=[], forced=[], finish_reason=reason)
 
     @property
     def num_tokens(self) -> int:

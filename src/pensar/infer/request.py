@@ -124,6 +124,8 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     """Per token of `tokens`; None unless asked for."""
     prompt_logprobs: list[float] | None = None
     """Of every token of the prompt, 0 for the first; in a request's first piece alone, where asked for."""
+    stopped_at: int | None = None
+    """Character of the reply's text, control tokens left out, at which the stop string begins that ended it."""
     error: str | None = None
     """Why the request failed, where finish_reason is "error"."""
 
@@ -142,7 +144,36 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     """Of the weights that the last token was drawn from."""
     top_logprobs: list[TopLogprobs] = msgspec.field(default_factory=list)
     prompt_logprobs: list[float] = msgspec.field(default_factory=list)
+    stopped_at: int | None = None
     error: str | None = None
+
+
+def piece_of(
+    name: str,
+    completion: Completion,
+    start: int,
+    reason: FinishReason | None,
+    left: int | None = None,
+    *,
+    first: bool | None = None,
+) -> Piece:
+    """The tokens of a completion from `start` on; what is said once goes with the first."""
+    first = start == 0 if first is None else first
+    return Piece(
+        id=name,
+        tokens=completion.tokens[start:],
+        logprobs=completion.logprobs[start:] if completion.logprobs else None,
+        forced=completion.forced[start:],
+        finish_reason=reason,
+        reasoning_tokens=completion.num_reasoning_tokens,
+        reasoning_left=left,
+        cached_tokens=completion.num_cached_tokens,
+        version=completion.version,
+        top_logprobs=completion.top_logprobs[start:] or None,
+        prompt_logprobs=(completion.prompt_logprobs or None) if first else None,
+        stopped_at=completion.stopped_at if reason is not None else None,
+        error=completion.error,
+    )
 
 
 def checked_prompt(request: Request, vocab_size: int, max_positions: int) -> Ints:
@@ -199,7 +230,9 @@ def _check_params(name: str, params: SamplingParams, vocab_size: int) -> None:
     _check_combinations(name, params)
 
 
-def _limits_of_constraints(params: SamplingParams, vocab_size: int) -> Iterator[tuple[str, float, float, float]]:
+def _limits_of_constraints(
+    params: SamplingParams, vocab_size: int
+) -> Iterator[tuple[str, float, float, float]]:
     """Field, value, lowest and highest of what goes beyond temperature and filters."""
     yield "presence_penalty", params.presence_penalty, -2, 2
     yield "frequency_penalty", params.frequency_penalty, -2, 2

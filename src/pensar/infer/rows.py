@@ -16,6 +16,7 @@ from pensar.infer.step import PAGE
 
 if TYPE_CHECKING:
     from pensar.infer.constraint import Constraint
+    from pensar.infer.stops import StopMatcher
 
 FIELDS = np.dtype(
     [
@@ -62,6 +63,7 @@ class RunningRows:
         self.keys: list[list[bytes]] = []
         """Of each row the key that its first page follows, then those of its published pages."""
         self.constraints: list[Constraint | None] = []
+        self.stops: list[StopMatcher | None] = []
         self.tops: list[list[TopLogprobs] | None] = []
         self.state = np.zeros(slots, FIELDS)
         self.tokens: Ints = np.zeros((slots, 0), np.int64)
@@ -73,9 +75,7 @@ class RunningRows:
         self._end_ids = end_ids
         self._thinking = thinking
 
-    def add(
-        self, entry: Entry, keys: list[bytes], adapter: int, user: int, constraint: "Constraint | None"
-    ) -> int:
+    def add(self, entry: Entry, keys: list[bytes], adapter: int, user: int) -> int:
         """A new last row; nothing of its text is in the cache yet."""
         request, prompt, row = entry.request, entry.prompt, self.num
         params = request.params
@@ -100,7 +100,8 @@ class RunningRows:
         self.requests.append(request)
         self.index[request.id] = row
         self.keys.append(keys)
-        self.constraints.append(constraint)
+        self.constraints.append(entry.constraint)
+        self.stops.append(entry.stops)
         self.tops.append([] if params.top_logprobs else None)
         self.num += 1
         if entry.resumed is not None:
@@ -168,8 +169,20 @@ class RunningRows:
             version=int(self.versions[row, stop - 1]) if stop > prompt else 0,
             top_logprobs=[] if tops is None else tops[start - prompt : stop - prompt],
             prompt_logprobs=self.logprobs[row, :prompt].tolist() if request.params.prompt_logprobs else [],
+            stopped_at=self._stopped_at(row),
             error=error,
         )
+
+    def _stopped_at(self, row: int) -> int | None:
+        matcher = self.stops[row]
+        return None if matcher is None or matcher.match is None else matcher.match.begin
+
+    def safe(self, row: int) -> int:
+        """Tokens of a text that can be shown, whatever comes: none in which a stop string may have begun."""
+        matcher = self.stops[row]
+        if matcher is None:
+            return int(self.state["total"][row])
+        return int(self.state["prompt"][row]) + matcher.safe_tokens
 
     def text(self, row: int) -> Ints:
         """The tokens of a row, prompt and reply; a view."""
@@ -193,7 +206,7 @@ class RunningRows:
     def release(self, row: int) -> None:
         """Drops a row."""
         last = self.num - 1
-        lists: tuple[list[Any], ...] = (self.requests, self.keys, self.constraints, self.tops)
+        lists: tuple[list[Any], ...] = (self.requests, self.keys, self.constraints, self.stops, self.tops)
         del self.index[self.requests[row].id]
         if row != last:
             total, pages = int(self.state["total"][last]), int(self.state["num_pages"][last])

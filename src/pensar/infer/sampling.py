@@ -273,7 +273,9 @@ def _draw_among(
     weights_Lk = weights_Lk.masked_fill(rank >= filters.top_k, 0.0)
     cumulative_Lk = weights_Lk.cumsum(-1)
     limited = filters.top_k < NO_LIMIT
-    total = cumulative_Lk[:, -1:] if total_L1 is None else torch.where(limited, cumulative_Lk[:, -1:], total_L1)
+    total = (
+        cumulative_Lk[:, -1:] if total_L1 is None else torch.where(limited, cumulative_Lk[:, -1:], total_L1)
+    )
     nucleus_L1 = torch.where(filters.top_p < 1, filters.top_p * total, torch.inf)
     dropped = (cumulative_Lk - weights_Lk >= nucleus_L1) | (weights_Lk < filters.min_p * weights_Lk[:, :1])
     dropped[:, 0] = False

@@ -84,7 +84,8 @@ class Scheduler:
         request, state = self.rows.requests[row], self.rows.state[row]
         prompt = self.rows.text(row)[: int(state["prompt"])].copy()
         entry = Entry(request, prompt, int(state["arrival"]), float(state["deadline"]))
-        entry.constraint, entry.resumed = self.rows.constraints[row], self.rows.resumed(row)
+        entry.constraint, entry.stops = self.rows.constraints[row], self.rows.stops[row]
+        entry.resumed = self.rows.resumed(row)
         self.release(row)
         self.queue.push(entry)
         self.num_preempted += 1
@@ -197,8 +198,10 @@ class Scheduler:
         for index, leader in enumerate(leaders.tolist() if self._leaders else ()):
             name = self.rows.requests[leader].id
             prompt = self.rows.tokens[leader, : int(self.rows.state["prompt"][leader])]
-            if self._leaders.pop(self.rows.keys[leader][0] + prompt.tobytes(), None) is None:
+            key = self.rows.keys[leader][0] + prompt.tobytes()
+            if self._leaders.get(key) != name:  # one that has the same prompt behind it leads nobody
                 continue
+            del self._leaders[key]
             for follower in self._followers.pop(name, ()):
                 if follower not in self.rows.index:
                     continue
@@ -278,7 +281,7 @@ class Scheduler:
     def _start(self, entry: Entry, leader: str | None) -> None:
         rows, request, root = self.rows, entry.request, self._root(entry)
         adapter = self.adapters[request.adapter] if request.adapter else NO_ADAPTER
-        row = rows.add(entry, [root], adapter, self.queue.number(request.user), entry.constraint)
+        row = rows.add(entry, [root], adapter, self.queue.number(request.user))
         self.changed = True
         if leader is not None:
             rows.state["follows"][row] = True

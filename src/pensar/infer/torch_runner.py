@@ -159,7 +159,8 @@ class _Paged:
         scores_BGL = q_KMGh.reshape(heads * num, -1, size) @ k_BLh.mT
         if self._mask_M1L is not None:
             scores_BGL.view(heads, num, -1, k_BLh.shape[1]).add_(self._mask_M1L)
-        weights_BGL = scores_BGL.softmax(-1, dtype=torch.float32).to(values.dtype)
+        wide = torch.promote_types(scores_BGL.dtype, torch.float32)
+        weights_BGL = scores_BGL.softmax(-1, dtype=wide).to(values.dtype)
         out_MHh: Tensor = (
             (weights_BGL @ v_BLh).view(heads, num, -1, size).transpose(0, 1).reshape(q_MHh.shape)
         )

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pensar.model import hardware
-from pensar.model.config import ModelConfig
+from pensar.model.config import ROWS_OF_ONE_OPERATOR, ModelConfig
 from pensar.model.dispatch import returned, sent
-from pensar.model.routed import LEAST, routed_swiglu
+from pensar.model.routed import routed_swiglu
 
 
 class Routing(NamedTuple):
@@ -110,7 +110,7 @@ class SparseMLP(nn.Module):
             and experts.gate_up_proj.requires_grad
             and experts.down_proj.requires_grad
             and not torch.is_autocast_enabled("cpu")
-            and len(x_ND) * self.k >= LEAST * self.num_experts
+            and len(x_ND) * self.k >= ROWS_OF_ONE_OPERATOR * self.num_experts
         )
 
 

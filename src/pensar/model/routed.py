@@ -14,10 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LEAST = 64
-"""Rows of an expert, on average, from which this is as fast as grouped products over all rows; at 256 it takes a tenth
-less time, and with fewer than these its calls cost more than they save."""
-
 
 @torch.library.custom_op("pensar::routed_swiglu", mutates_args=(), device_types="cpu")
 def routed_swiglu(

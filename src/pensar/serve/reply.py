@@ -8,45 +8,11 @@ from dataclasses import dataclass, field
 import msgspec
 
 from pensar.infer.engine import Piece
+from pensar.infer.stops import StopStrings
 from pensar.serve.wire import FinishReason, TokenLogprob, TopLogprob
 from pensar.text.conversation import ToolCall
 from pensar.text.reply import Delta, ReplyParser
 from pensar.text.tokenizer import StreamDecoder, Tokenizer
-
-
-class StopStrings:
-    """Passes text on up to the first stop string, which it swallows.
-
-    The longest ending that could still grow into a stop string is held back until the next text decides.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._held = ""
-        self.hit = False
-
-    def feed(self, text: str) -> str:
-        if self.hit or not self._stops:
-            return "" if self.hit else text
-        text = self._held + text
-        found = [place for place in map(text.find, self._stops) if place >= 0]
-        if found:
-            self.hit, self._held = True, ""
-            return text[: min(found)]
-        keep = max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def close(self) -> str:
-        """What was held back, now that nothing follows."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
 @dataclass

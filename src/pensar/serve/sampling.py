@@ -13,9 +13,9 @@ import msgspec
 from pensar.base.files import seed_of
 from pensar.infer.engine import SamplingParams
 from pensar.infer.generation import Defaults, Generation
-from pensar.infer.request import MAX_TOP_LOGPROBS, Grammar
+from pensar.infer.request import MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP_LOGPROBS, Grammar
 from pensar.serve.failure import invalid, overlong
-from pensar.serve.wire import MAX_STOPS, ChatRequest, SamplingFields, SentMessage, StructuredOutputs
+from pensar.serve.wire import ChatRequest, SamplingFields, SentMessage, StructuredOutputs
 from pensar.text.chat import mode_of
 from pensar.text.conversation import Conversation, Message, ToolCall
 
@@ -231,6 +231,11 @@ def _check_common(request: SamplingFields) -> None:
         raise invalid(f"stop has {len(request.stops)} strings; at most {MAX_STOPS} are allowed.", "stop")
     if "" in request.stops:
         raise invalid("stop holds an empty string, which every text contains; drop it.", "stop")
+    longest = max(map(len, request.stops), default=0)
+    if longest > MAX_STOP_LENGTH:
+        raise invalid(
+            f"stop has a string of {longest} characters; at most {MAX_STOP_LENGTH} are allowed.", "stop"
+        )
 
 
 def _check_chat(request: ChatRequest) -> None:

@@ -13,7 +13,6 @@ import msgspec
 from pensar.serve.failure import invalid
 
 MAX_CHOICES = 16
-MAX_STOPS = 8
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]

@@ -11,6 +11,9 @@ work in float32 and keep a float32 copy of their input):
     selective        c (D + D + 2 (H + K) h) + 4H, and c (D + 2I) if dense, c k (D + 2I) + 8k + 8E + 4 if not
     full             c D, and 8k + 4E + 4 of the routing
 
+Experts that are one operator (float32 on a CPU, `model/routed.py`) keep 2 c k I in place of 3c k D + 4c k I, and with
+selective recomputation c (D + 2 k I) in place of c k (D + 2I).
+
 Tensor ranks hold D / tp of the stream and 1 / tp of heads and widths; context ranks keep the gathered keys and values;
 expert ranks also what came over the network. Experts are taken to be loaded evenly, and packed documents to be attended
 to without a mask. At the same time as a layer's backward pass, its gradients take some 2c I of a token, 3c k I where
@@ -20,7 +23,7 @@ whole sparse layers are computed again.
 from typing import NamedTuple
 
 from pensar.base.config import Config
-from pensar.model.config import ModelConfig
+from pensar.model.config import ROWS_OF_ONE_OPERATOR, ModelConfig
 from pensar.train.layout import Layout
 
 STORED = 4
@@ -120,7 +123,10 @@ def kept_bytes(model: ModelConfig, layout: Layout, step: Step, recompute: str) -
         each = c * (D / tp + D + scattered + 2 * (H + K) * h) + 4 * H
         if E:
             sent = 2 * c * k * D if layout.ep > 1 else 0
-            each += c * k * (D + 2 * model.moe_intermediate_size) + 8 * k + 8 * E + 4 + sent
+            routed = c * k * (D + 2 * model.moe_intermediate_size)
+            if _in_one(model, layout, step):
+                routed = c * (D + 2 * k * model.moe_intermediate_size)
+            each += routed + 8 * k + 8 * E + 4 + sent
         else:
             each += c * (D + scattered + 2 * model.intermediate_size / tp)
     else:
@@ -129,17 +135,33 @@ def kept_bytes(model: ModelConfig, layout: Layout, step: Step, recompute: str) -
         if E:
             sent = c * k * D + 8 * k if layout.ep > 1 else 0
             routed = (4 - c) * D + c * k * (3 * D + 4 * model.moe_intermediate_size)
+            if _in_one(model, layout, step):
+                routed = 2 * c * k * model.moe_intermediate_size
             each += (routed + 32 * k + 4 * E + 20 + sent) / tp
         else:
             each += 4 * c * model.intermediate_size / tp
     return each * step.tokens(layout)
 
 
+def _in_one(model: ModelConfig, layout: Layout, step: Step) -> bool:
+    """Whether experts are one operator in training."""
+    rows = step.tokens(layout) * model.experts_per_token
+    whole = step.on_cpu and step.compute_bytes == STORED and layout.ep * layout.tp == 1
+    return bool(model.num_experts) and whole and rows >= ROWS_OF_ONE_OPERATOR * model.num_experts
+
+
 def working_bytes(model: ModelConfig, layout: Layout, step: Step) -> float:
     """What the backward pass of one layer needs beside what is kept: what it computes again, and gradients."""
     c = step.compute_bytes
     again = kept_bytes(model, layout, step, "none") - kept_bytes(model, layout, step, layout.recompute)
-    if model.num_experts:
+    if _in_one(model, layout, step):
+        # Of one expert's rows at a time.
+        width = (
+            model.experts_per_token
+            * (model.hidden_size + 5 * model.moe_intermediate_size)
+            / model.num_experts
+        )
+    elif model.num_experts:
         width = (
             (3 if layout.recompute == "full" else 2) * model.experts_per_token * model.moe_intermediate_size
         )
