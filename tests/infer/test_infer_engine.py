@@ -65,14 +65,12 @@ def test_requests_that_arrive_while_others_run_change_nothing(model, naive):
         assert log[str(step)]["finish"] == "length"
 
 
-def test_equal_prompts_are_computed_once_and_each_gets_its_own_draws(model, full_logprobs, monkeypatch):
+def test_equal_prompts_are_computed_once_and_each_gets_its_own_draws(model, full_logprobs):
     [prompt, other] = prompts([20, 20])
     engine = Engine(model, slots=16)
     computed = []
-    forward = type(model).forward
-    monkeypatch.setattr(
-        type(model), "forward", lambda *args: (computed.append(args[1].numel()), forward(*args))[1]
-    )
+    run = engine.runner.run
+    engine.runner.run = lambda batch: (computed.append(len(batch.tokens_N)), run(batch))[1]
     requests = [
         Request(
             f"{i}",
@@ -82,7 +80,6 @@ def test_equal_prompts_are_computed_once_and_each_gets_its_own_draws(model, full
         for i in range(12)
     ]
     completions = engine.run(requests)
-    monkeypatch.undo()
     assert computed == [2 * 20, *[12] * 11]
     assert len({tuple(completion.tokens) for completion in completions}) == 12
     for request, completion in zip(requests, completions, strict=True):

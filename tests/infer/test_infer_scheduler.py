@@ -14,6 +14,7 @@ from pensar.base.errors import ConfigError, ModelError
 from pensar.infer.engine import Completion, Engine, Piece, Request, SamplingParams
 from pensar.infer.queue import Entry, WaitingQueue
 from pensar.infer.step import PAGE
+from pensar.infer.torch_runner import TorchRunner
 from pensar.model.qwen3 import Qwen3
 
 Naive = Callable[..., dict[str, Any]]
@@ -138,7 +139,7 @@ def test_weights_can_change_under_running_replies_which_keep_their_cache(
     make_model: Callable[..., Qwen3],
 ) -> None:
     """Tokens say which weights they are of; what the old ones computed is used on."""
-    engine, other = Engine(make_model(0)), make_model(1)
+    engine, other = Engine(TorchRunner(make_model(0))), make_model(1)
     [prompt] = prompts([40])
     engine.submit(greedy("a", prompt, 8))
     pieces = engine.step() + engine.step()

@@ -31,12 +31,12 @@ from pensar.infer.request import (
     piece_of,
 )
 from pensar.infer.rows import RunningRows
+from pensar.infer.runners import runner_for
 from pensar.infer.scheduler import Plan, Scheduler
 from pensar.infer.step import PAGE, Runner, StepOutput
 from pensar.infer.stops import StopMatcher
 from pensar.infer.storage import cache_pages, is_out_of_memory, merged
 from pensar.infer.sync import broadcast_weights, weights_stamp
-from pensar.infer.torch_runner import TorchRunner
 from pensar.model.qwen3 import Qwen3
 from pensar.model.weights import check_tokenizer
 from pensar.text.tokenizer import THINK, Tokenizer
@@ -75,7 +75,7 @@ class Engine:
             raise ConfigError(
                 f"step_tokens {step_tokens} is less than slots {slots}; every running reply needs one token a step"
             )
-        self.runner: Runner = TorchRunner(model) if isinstance(model, Qwen3) else model
+        self.runner: Runner = runner_for(model) if isinstance(model, Qwen3) else model
         config = self.runner.config
         end_ids: tuple[int, ...] = ()
         self._tokenizer, self._thinking = tokenizer, None

@@ -7,7 +7,7 @@ Shape legend: R running rows, A of them that guesses are made for, D hidden.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,13 +15,13 @@ import msgspec
 import numpy as np
 
 from pensar.base.errors import ConfigError
-from pensar.infer.budget import BEGINNING, NO_BUDGET, THINKING
+from pensar.infer.budget import BEGINNING, NO_BUDGET, THINKING, Bools
 from pensar.infer.drafts.draft_model import DraftModel
 from pensar.infer.drafts.head import MOST_ENTRIES, HeadDrafts
 from pensar.infer.drafts.lengths import Lengths
 from pensar.infer.drafts.lookup import Lookup
 from pensar.infer.drafts.proposer import Asked, FirstOf, Proposer, States
-from pensar.infer.request import Ints
+from pensar.infer.request import Completion, Ints
 from pensar.infer.rows import RunningRows
 from pensar.infer.scheduler import Plan, Scheduler
 from pensar.infer.step import StepOutput
@@ -31,10 +31,12 @@ from pensar.model.qwen3 import Qwen3
 from pensar.model.weights import load_model
 
 MAX_DRAFTS = 8
+REST = 8
+"""Steps before guesses are thought of again, where none pay for those that run."""
 
 
 class Acceptance(msgspec.Struct):
-    """What became of the guesses of replies that went on after the step."""
+    """What became of guesses."""
 
     passes: int = 0
     """Steps of rows that had guesses."""
@@ -64,6 +66,7 @@ class _Step:
 
     names: list[str]
     """Of all rows."""
+    prompts: Ints
     totals: Ints
     computed: Ints
     guesses: dict[int, Ints]
@@ -94,6 +97,10 @@ class Speculation:
     """Request id -> its number in the order of arrival."""
     _guesses: dict[int, Ints] = field(default_factory=dict, init=False)
     _step: _Step | None = field(default=None, init=False)
+    _arrivals: bytes = field(default=b"", init=False)
+    _rest: int = field(default=0, init=False)
+    _steps: int = field(default=1, init=False)
+    """From the last choice of lengths to the next."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_drafts <= MOST_ENTRIES:
@@ -103,14 +110,21 @@ class Speculation:
     def plan(self, scheduler: Scheduler) -> Plan:
         """Makes guesses, writes them behind the texts and plans the next step with them."""
         rows = scheduler.rows
-        self._forget_gone(rows)
         began = self.clock()
-        drafts = self._propose(rows, scheduler.step_tokens)
+        if self._changed(rows):
+            self._rest = 0
+        drafts = None
+        if self._rest:
+            self._rest -= 1
+            self._guesses = {}
+        else:
+            drafts = self._propose(rows, scheduler.step_tokens)
         drafted = self.clock()
         plan = scheduler.plan(drafts)
         state = rows.state[: rows.num]
         self._step = _Step(
             names=[request.id for request in rows.requests],
+            prompts=state["prompt"].copy(),
             totals=state["total"].copy(),
             computed=state["computed"].copy(),
             guesses=self._guesses,
@@ -122,25 +136,33 @@ class Speculation:
         )
         return plan
 
-    def committed(self, rows: RunningRows, plan: Plan, output: StepOutput) -> None:
-        """Learns from a step that has been computed and whose tokens have been added; `plan` is as it was computed."""
+    def committed(
+        self,
+        rows: RunningRows,
+        plan: Plan,
+        output: StepOutput,
+        finished: Mapping[str, tuple[Completion, int]],
+    ) -> None:
+        """Learns from a step that has been computed and whose tokens have been added; `plan` is as it was computed.
+
+        `finished` holds the replies that the step has ended, by request id.
+        """
         step, self._step = self._step, None
         assert step is not None, "plan comes first"
         self._time(step)
+        if not step.depth and not self.proposer.wants_states:
+            return
         ends = np.cumsum(plan.wanted)
         states: list[States] = []
-        for at, row in enumerate(plan.rows.tolist()):
+        for at, (row, tried) in enumerate(zip(plan.rows.tolist(), plan.drafts.tolist(), strict=True)):
             name = step.names[row]
             now = rows.index.get(name)
-            if now is None:
-                continue
-            added = int(rows.state["total"][now] - step.totals[row])
-            tried = int(plan.drafts[at])
-            kept = self._kept(rows, now, step, row, min(tried, added - 1)) if tried and added else 0
-            if tried and added:
+            kept = 0
+            if tried:
+                kept = _kept(step.guesses[row][:tried], *_added(rows, now, finished.get(name), step, row))
                 self.acceptance.add(tried, kept)
                 self.lengths.learn(name, tried, kept)
-            if self.proposer.wants_states and added:
+            if self.proposer.wants_states and now is not None and rows.state["total"][now] > step.totals[row]:
                 # The last wanted states are those of the text's end and of its guesses.
                 first = int(ends[at]) - tried - 1
                 position = int(step.computed[row] + plan.counts[at]) - tried - 1
@@ -160,7 +182,11 @@ class Speculation:
         names = [rows.requests[row].id for row in chosen.tolist()]
         room = (step_tokens - rows.num) // 2
         if self.adaptive:
-            counts = self.lengths.choose(names, most[chosen], rows.num - len(chosen), max(0, room))
+            others = rows.num - len(chosen)
+            counts = self.lengths.choose(names, most[chosen], others, max(0, room), self._steps)
+            self._steps = 1
+            if not counts.any():
+                self._rest, self._steps = REST, 1 + REST
         else:
             counts = np.minimum(most[chosen], max(0, room) // len(chosen))
         chosen, counts = chosen[counts > 0], counts[counts > 0]
@@ -225,13 +251,6 @@ class Speculation:
         constraint.rollback(count)
         return guess[:count]
 
-    def _kept(self, rows: RunningRows, now: int, step: _Step, row: int, most: int) -> int:
-        """Guesses that became the text; a stop sentence in their place is none of them."""
-        total = int(step.totals[row])
-        added = slice(total, total + most)
-        wrong = (rows.tokens[now, added] != step.guesses[row][:most]) | rows.forced[now, added]
-        return int(np.argmax(wrong)) if wrong.any() else most
-
     def _time(self, step: _Step) -> None:
         if not step.alone:
             return
@@ -239,15 +258,44 @@ class Speculation:
         if step.depth:
             self.lengths.drafting.add(step.depth, step.drafted_seconds)
 
-    def _forget_gone(self, rows: RunningRows) -> None:
-        """Ids may be used again: a request is the one that arrived then."""
-        arrivals = rows.state["arrival"][: rows.num].tolist()
-        running = {request.id: arrival for request, arrival in zip(rows.requests, arrivals, strict=True)}
-        for name, arrival in self._known.items():
-            if running.get(name) != arrival:
+    def _changed(self, rows: RunningRows) -> bool:
+        """Whether others run than in the step before; who has gone is forgotten.
+
+        Ids may be used again: a request is the one that arrived then.
+        """
+        arrivals = rows.state["arrival"][: rows.num].tobytes()
+        if arrivals == self._arrivals:
+            return False
+        self._arrivals = arrivals
+        numbers = rows.state["arrival"][: rows.num].tolist()
+        running = {request.id: number for request, number in zip(rows.requests, numbers, strict=True)}
+        for name, number in self._known.items():
+            if running.get(name) != number:
                 self.proposer.forget(name)
                 self.lengths.forget(name)
         self._known = running
+        return True
+
+
+def _added(
+    rows: RunningRows, now: int | None, finished: tuple[Completion, int] | None, step: _Step, row: int
+) -> tuple[Ints, Bools]:
+    """What a step has added to a text, and which of it was forced."""
+    total = int(step.totals[row])
+    if now is not None:
+        added = slice(total, int(rows.state["total"][now]))
+        return rows.tokens[now, added], rows.forced[now, added]
+    if finished is None:  # failed, or taken out
+        return np.zeros(0, np.int64), np.zeros(0, np.bool_)
+    reply, start = finished[0], total - int(step.prompts[row])
+    return np.asarray(reply.tokens[start:], np.int64), np.asarray(reply.forced[start:], np.bool_)
+
+
+def _kept(guess: Ints, added: Ints, forced: Bools) -> int:
+    """Guesses that became the text; a stop sentence in their place is none of them."""
+    num = min(len(guess), len(added))
+    wrong = (guess[:num] != added[:num]) | forced[:num]
+    return int(np.argmax(wrong)) if wrong.any() else num
 
 
 def speculation(

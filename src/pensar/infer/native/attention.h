@@ -1,0 +1,159 @@
+// Causal attention over pages. A tile is up to 8 queries of one key-value head: tokens of a row times heads of a group.
+// Each query's softmax runs over the row's pages in order, BLOCK_PAGES at a time, whatever else is in its tile.
+#pragma once
+
+#include "rows.h"
+
+constexpr int BLOCK_PAGES = 4, TOKENS = BLOCK_PAGES * PAGE, TILE = 8, TV = PAGE / L;
+
+struct Pages {
+    const uint8_t* base;     // of the layer
+    const int64_t* numbers;  // of the row, in order
+    int64_t page_bytes, offset;  // offset of the head within a page
+    const uint8_t* at(int64_t i) const { return base + numbers[i] * page_bytes + offset; }
+};
+
+template <class T>
+INLINE Vf number(const T* p) {
+    if constexpr (sizeof(T) == 4) return load<Vf>(p);
+    if constexpr (sizeof(T) == 2) return from_bfloat16(load<Vh>(p));
+    if constexpr (sizeof(T) == 1) return __builtin_convertvector(load<Vs>(p), Vf);
+}
+
+// Scores of Q queries with the tokens of P pages from page `first` on. The sum over a head's numbers is sequential; pages
+// side by side keep the units busy.
+template <class T, int Q, int P>
+static void score_pages(const float* const* q, const Pages& pages, int64_t first, int64_t h, float* s) {
+    const T* keys[P];
+    UNROLL for (int p = 0; p < P; p++) keys[p] = (const T*)pages.at(first + p);
+    Vf acc[Q][P][TV];
+    UNROLL for (int i = 0; i < Q; i++)
+        UNROLL for (int p = 0; p < P; p++)
+            UNROLL for (int v = 0; v < TV; v++) acc[i][p][v] = Vf{};
+    for (int64_t d = 0; d < h; d++) {
+        Vf k[P][TV];
+        UNROLL for (int p = 0; p < P; p++)
+            UNROLL for (int v = 0; v < TV; v++) k[p][v] = number(keys[p] + d * PAGE + v * L);
+        UNROLL for (int i = 0; i < Q; i++)
+            UNROLL for (int p = 0; p < P; p++)
+                UNROLL for (int v = 0; v < TV; v++) acc[i][p][v] = fma(splat(q[i][d]), k[p][v], acc[i][p][v]);
+    }
+    UNROLL for (int p = 0; p < P; p++) {
+        const float* scales = (const float*)(keys[p] + h * PAGE + wide(h) * PAGE);
+        UNROLL for (int v = 0; v < TV; v++)
+            UNROLL for (int i = 0; i < Q; i++) {
+                Vf score = acc[i][p][v];
+                if constexpr (sizeof(T) == 1) score *= load<Vf>(scales + v * L);
+                store(s + i * TOKENS + p * PAGE + v * L, score);
+            }
+    }
+}
+
+// out[Q][wide] += the block's weights times its values, token by token; W vectors of a head at once.
+template <class T, int Q, int W>
+static void add_values(
+    const float* s, const Pages& pages, int64_t first, int64_t tokens, int64_t h, int64_t column, float* out
+) {
+    const int64_t w = wide(h);
+    Vf acc[Q][W];
+    UNROLL for (int i = 0; i < Q; i++)
+        UNROLL for (int v = 0; v < W; v++) acc[i][v] = load<Vf>(out + i * w + column + v * L);
+    for (int64_t begin = 0; begin < tokens; begin += PAGE) {
+        const T* values = (const T*)pages.at(first + begin / PAGE) + h * PAGE;
+        const float* scales = (const float*)(values + PAGE * w) + PAGE;
+        const int64_t num = tokens - begin < PAGE ? tokens - begin : PAGE;
+        for (int64_t t = 0; t < num; t++) {
+            Vf value[W];
+            UNROLL for (int v = 0; v < W; v++) value[v] = number(values + t * w + column + v * L);
+            UNROLL for (int i = 0; i < Q; i++) {
+                float weight = s[i * TOKENS + begin + t];
+                if constexpr (sizeof(T) == 1) weight = weight == 0 ? 0 : weight * scales[t];
+                UNROLL for (int v = 0; v < W; v++) acc[i][v] = fma(splat(weight), value[v], acc[i][v]);
+            }
+        }
+    }
+    UNROLL for (int i = 0; i < Q; i++)
+        UNROLL for (int v = 0; v < W; v++) store(out + i * w + column + v * L, acc[i][v]);
+}
+
+template <class T, int Q>
+static void add_block(const float* s, const Pages& pages, int64_t first, int64_t tokens, int64_t h, float* out) {
+    int64_t column = 0;
+    for (; column + 4 * L <= wide(h); column += 4 * L) add_values<T, Q, 4>(s, pages, first, tokens, h, column, out);
+    for (; column < wide(h); column += L) add_values<T, Q, 1>(s, pages, first, tokens, h, column, out);
+}
+
+// The block's scores become weights, relative to the largest score so far; what was summed before is brought to it.
+static void soften(float* s, float* largest, float* total, float* out, int64_t w) {
+    Vf top = load<Vf>(s);
+    for (int t = L; t < TOKENS; t += L) top = max(top, load<Vf>(s + t));
+    const float now = std::fmax(*largest, max(top));
+    const float factor = exp(splat(*largest - now))[0];
+    Vf weights = Vf{};
+    for (int t = 0; t < TOKENS; t += L) {
+        const Vf weight = exp(load<Vf>(s + t) - now);
+        weights += weight;
+        store(s + t, weight);
+    }
+    *total = *total * factor + sum(weights);
+    *largest = now;
+    if (factor != 1)
+        for (int64_t i = 0; i < w; i += L) store(out + i, load<Vf>(out + i) * factor);
+}
+
+template <class T, int Q>
+static void attend_tile(const float* const* q, const int64_t* limits, const Pages& pages, int64_t h, float* const* to) {
+    constexpr int P = Q * TV >= 8 ? 1 : Q * TV >= 4 ? 2 : 4;
+    thread_local std::vector<float> room;
+    const int64_t w = wide(h);
+    if ((int64_t)room.size() < Q * w) room.resize(TILE * w);
+    float* out = room.data();
+    std::memset(out, 0, Q * w * sizeof(float));
+    float largest[Q], total[Q];
+    int64_t longest = 0;
+    for (int i = 0; i < Q; i++) {
+        largest[i] = -INFINITY, total[i] = 0;
+        longest = limits[i] > longest ? limits[i] : longest;
+    }
+    for (int64_t begin = 0; begin < longest; begin += TOKENS) {
+        alignas(64) float s[Q * TOKENS];
+        const int64_t tokens = longest - begin < TOKENS ? longest - begin : TOKENS, num = (tokens + PAGE - 1) / PAGE;
+        const int64_t first = begin / PAGE;
+        int64_t page = 0;
+        for (; page + P <= num; page += P) score_pages<T, Q, P>(q, pages, first + page, h, s + page * PAGE);
+        for (; page < num; page++) score_pages<T, Q, 1>(q, pages, first + page, h, s + page * PAGE);
+        for (int i = 0; i < Q; i++) {
+            const int64_t seen = limits[i] - begin;
+            for (int64_t t = seen < 0 ? 0 : seen; t < TOKENS; t++) s[i * TOKENS + t] = -INFINITY;
+            if (seen > 0)
+                soften(s + i * TOKENS, largest + i, total + i, out + i * w, w);
+            else
+                std::memset(s + i * TOKENS, 0, TOKENS * sizeof(float));
+        }
+        if constexpr (Q > 4) {
+            add_block<T, 4>(s, pages, first, tokens, h, out);
+            add_block<T, Q - 4>(s + 4 * TOKENS, pages, first, tokens, h, out + 4 * w);
+        } else {
+            add_block<T, Q>(s, pages, first, tokens, h, out);
+        }
+    }
+    for (int i = 0; i < Q; i++)
+        for (int64_t d = 0; d < h; d++) to[i][d] = out[i * w + d] / total[i];
+}
+
+template <class T, int Q = TILE>
+static void attend_some(
+    int num, const float* const* q, const int64_t* limits, const Pages& pages, int64_t h, float* const* to
+) {
+    if constexpr (Q > 1)
+        if (num < Q) return attend_some<T, Q - 1>(num, q, limits, pages, h, to);
+    attend_tile<T, Q>(q, limits, pages, h, to);
+}
+
+static void attend(
+    int cache, int num, const float* const* q, const int64_t* limits, const Pages& pages, int64_t h, float* const* to
+) {
+    if (cache == CACHE_FLOAT32) return attend_some<float>(num, q, limits, pages, h, to);
+    if (cache == CACHE_BFLOAT16) return attend_some<uint16_t>(num, q, limits, pages, h, to);
+    attend_some<int8_t>(num, q, limits, pages, h, to);
+}
