@@ -7,8 +7,10 @@ import msgspec
 from pensar.base.stage import Stage
 from pensar.model.config import ModelConfig
 from pensar.model.count import flops_per_token, forward_flops_per_token, kv_bytes_per_token, parameters
+from pensar.model.draft_head import dense_block
 from pensar.posttrain.coldstart import ColdStartConfig
 from pensar.posttrain.distill import OffPolicyConfig, OnPolicyConfig
+from pensar.posttrain.draft import DraftHeadConfig
 from pensar.posttrain.fusion import FusionConfig
 from pensar.posttrain.grpo import GrpoConfig
 from pensar.train.accelerators import GIB, accelerator
@@ -107,9 +109,27 @@ def estimate(stages: Sequence[Stage], vocab_size: int, machine: Machine) -> dict
             learning = int(tokens * learned)
             drawn = (tokens + probed * REPLY_TOKENS) // 2
             found[stage.name] = _training(model, learning, REPLY_TOKENS, batch, drawn, machine)
+        elif model is not None and isinstance(config, DraftHeadConfig):
+            found[stage.name] = _draft_head(model, config, machine)
         if model is not None:
             models[stage.name] = model
     return found
+
+
+def _draft_head(model: ModelConfig, config: DraftHeadConfig, machine: Machine) -> StageCost:
+    """A block several guesses deep, its output projection twice a depth, and forward passes of the model."""
+    tokens, batch = config.steps * config.batch_size * REPLY_TOKENS, config.batch_size * REPLY_TOKENS
+    drawn = (config.num_queries + config.held_out) * REPLY_TOKENS
+    drawing = _training(model, 0, REPLY_TOKENS, batch, drawn, machine)
+    learning = _training(dense_block(model), config.depths * tokens, REPLY_TOKENS, batch, 0, machine)
+    forward = tokens * forward_flops_per_token(model, REPLY_TOKENS)
+    seconds = forward / machine.train_flops_per_second(model) / machine.ranks
+    return StageCost(
+        tokens=tokens + drawn,
+        flops=drawing.flops + learning.flops + forward,
+        memory_bytes=learning.memory_bytes + machine.ranks * 4 * parameters(model).total,
+        seconds=drawing.seconds + learning.seconds + seconds,
+    )
 
 
 def _sweep(config: ScalingConfig, vocab_size: int, machine: Machine) -> StageCost:

@@ -36,9 +36,10 @@ from pensar.data.sources import Source, SourcesConfig
 from pensar.data.vocabulary import VocabularyConfig
 from pensar.estimates import Machine, StageCost, estimate
 from pensar.evaluate import suite
-from pensar.posttrain import coldstart, distill, fusion, grpo
+from pensar.posttrain import coldstart, distill, draft, fusion, grpo
 from pensar.posttrain.coldstart import ColdStartConfig
 from pensar.posttrain.distill import OffPolicyConfig, OnPolicyConfig
+from pensar.posttrain.draft import DraftHeadConfig
 from pensar.posttrain.fusion import FusionConfig
 from pensar.posttrain.grpo import GrpoConfig
 from pensar.tasks import problems
@@ -54,7 +55,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "tokenizer": ("tokenizer", "shards"),
     "train": (
         "scaling", "pretrain-general", "pretrain-reasoning", "pretrain-long", "cold-start", "reasoning-rl", "fusion",
-        "general-rl", "student-pretrain", "student", "student-rl", "student-distilled",
+        "general-rl", "draft-head", "student-pretrain", "student", "student-rl", "student-distilled",
     ),
 }  # fmt: skip
 """The stages that `pensar data`, `pensar tokenizer` and `pensar train` run alone."""
@@ -138,6 +139,8 @@ class Recipe(Config, frozen=True, kw_only=True):
     reasoning_rl: GrpoConfig = GrpoConfig()
     fusion: FusionConfig = FusionConfig()
     general_rl: GrpoConfig = GrpoConfig(queries="general", thinking=None)
+    draft_head: DraftHeadConfig | None = None
+    """A head for speculative decoding of the general model; without it there is no such stage."""
     evaluate: suite.EvaluateConfig = suite.EvaluateConfig()
 
 
@@ -194,7 +197,7 @@ def _data_stages(recipe: Recipe) -> list[Stage]:
 
 def _training_stages(recipe: Recipe) -> list[Stage]:
     corpus = {"shards": "shards", "tokenizer": "tokenizer"}
-    plan, sweep = recipe.pretraining, recipe.scaling
+    plan, sweep, head = recipe.pretraining, recipe.scaling, recipe.draft_head
     first = corpus | _predicting(plan.general, recipe)
     return [
         *([Stage("scaling", scaling.run, _seeded(sweep, recipe), corpus)] if sweep else []),
@@ -219,6 +222,7 @@ def _training_stages(recipe: Recipe) -> list[Stage]:
         Stage("reasoning-rl", grpo.run, _seeded(recipe.reasoning_rl, recipe), _on("cold-start")),
         Stage("fusion", fusion.run, _seeded(recipe.fusion, recipe), _on("reasoning-rl"), revision=4),
         Stage("general-rl", grpo.run, _seeded(recipe.general_rl, recipe), _on("fusion")),
+        *([Stage("draft-head", draft.run, _seeded(head, recipe), _on("general-rl"))] if head else []),
     ]
 
 

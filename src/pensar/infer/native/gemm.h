@@ -6,7 +6,8 @@
 //   BFLOAT16  [K][NR] halves
 //   INT8      [K / 4][NV][L] quads of bytes, then [NR] scales of the columns
 //   INT4      per part of H inputs [H / 8][NV][L] bytes with two quads' nibbles, then [NR] scales, [NR] minima (halves)
-// Rows for the last two are bytes with a scale per group of G inputs and a sum per part of H.
+// Rows for the last two are, per group of G inputs, G signed bytes, their scale, the sums of both halves and what the
+// offset of the weights' bytes adds to a product.
 #pragma once
 
 #include "team.h"
@@ -23,12 +24,16 @@ struct Linear {
     const uint8_t* data;
 };
 
+struct Group {
+    int8_t bytes[G];
+    float scale;
+    int32_t sums[2], excess;
+};
+
 struct Rows {
     const float* x;       // [N, stride]
-    const int8_t* bytes;  // [N, groups * G]
-    const float* scales;  // [N, groups]
-    const int32_t* sums;  // [N, groups * 2], of the bytes
-    int64_t stride, groups;
+    const Group* groups;  // [N, groups_of(stride)]
+    int64_t stride;
 };
 
 constexpr int64_t PART = H * NR / 2 + NR * 4;  // bytes of a panel's part in four bits
@@ -86,10 +91,7 @@ INLINE int32_t quad(const int8_t* bytes) {
 
 // total += one part of four-bit columns: (scale q + least) x, of which the second term needs the sum of x only.
 template <int M>
-INLINE void add_part(
-    const uint8_t* w, const int8_t* const* x, int first, const float* const* scales, int64_t g, const int32_t* const* sums,
-    int part, Vf (*total)[NV]
-) {
+INLINE void add_part(const uint8_t* w, const Group* const* x, int part, Vf (*total)[NV]) {
     Vi acc[M][NV];
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int v = 0; v < NV; v++) acc[m][v] = Vi{};
@@ -99,8 +101,8 @@ INLINE void add_part(
             const Vb b = load<Vb>(at), low = b & 15, high = (Vb)(((Vu)b >> 4) & 0x0f0f0f0f);
             if (M <= 2) ahead(at, 4 * L);
             UNROLL for (int m = 0; m < M; m++) {
-                acc[m][v] = dot_nibbles(acc[m][v], low, quad(x[m] + first + k));
-                acc[m][v] = dot_nibbles(acc[m][v], high, quad(x[m] + first + k + 4));
+                acc[m][v] = dot_nibbles(acc[m][v], low, quad(x[m]->bytes + part * H + k));
+                acc[m][v] = dot_nibbles(acc[m][v], high, quad(x[m]->bytes + part * H + k + 4));
             }
         }
     w += H * NR / 2;
@@ -108,47 +110,47 @@ INLINE void add_part(
         const Vf scale = from_bfloat16(load<Vh>(w + v * 2 * L));
         const Vf least = from_bfloat16(load<Vh>(w + NR * 2 + v * 2 * L));
         UNROLL for (int m = 0; m < M; m++) {
-            const Vf product = __builtin_convertvector(acc[m][v], Vf) * scales[m][g];
+            const Vf product = __builtin_convertvector(acc[m][v], Vf) * x[m]->scale;
             total[m][v] = fma(product, scale, total[m][v]);
-            total[m][v] = fma(splat(scales[m][g] * (float)sums[m][part]), least, total[m][v]);
+            total[m][v] = fma(splat(x[m]->scale * (float)x[m]->sums[part]), least, total[m][v]);
         }
     }
+}
+
+// total += one group of eight-bit columns, whose scales come at the end of the panel.
+template <int M>
+INLINE void add_group(const uint8_t* w, const Group* const* x, Vf (*total)[NV]) {
+    Vi acc[M][NV];
+    UNROLL for (int m = 0; m < M; m++)
+        UNROLL for (int v = 0; v < NV; v++) acc[m][v] = splat(-x[m]->excess);
+    UNROLL for (int k = 0; k < G; k += 4) {
+        Vb b[NV];
+        UNROLL for (int v = 0; v < NV; v++) b[v] = load<Vb>(w + (k / 4 * NV + v) * 4 * L);
+        if (M <= 2) ahead(w + k * NR, 4 * NR);
+        UNROLL for (int m = 0; m < M; m++)
+            UNROLL for (int v = 0; v < NV; v++) acc[m][v] = dot(acc[m][v], b[v], quad(x[m]->bytes + k));
+    }
+    UNROLL for (int m = 0; m < M; m++)
+        UNROLL for (int v = 0; v < NV; v++)
+            total[m][v] = fma(__builtin_convertvector(acc[m][v], Vf), splat(x[m]->scale), total[m][v]);
 }
 
 template <int M, Kind kind>
 static void tile_bytes(const uint8_t* w, int64_t inputs, const Rows& rows, const int64_t* index, float* y) {
     const int64_t groups = groups_of(inputs);
-    const int8_t* x[M];
-    const float* scales[M];
-    const int32_t* sums[M];
-    UNROLL for (int m = 0; m < M; m++) {
-        x[m] = rows.bytes + index[m] * rows.groups * G;
-        scales[m] = rows.scales + index[m] * rows.groups;
-        sums[m] = rows.sums + index[m] * rows.groups * 2;
-    }
+    const Group* x[M];
+    UNROLL for (int m = 0; m < M; m++) x[m] = rows.groups + index[m] * groups;
     Vf total[M][NV];
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int v = 0; v < NV; v++) total[m][v] = Vf{};
     for (int64_t g = 0; g < groups; g++) {
         if constexpr (kind == INT8) {
-            Vi acc[M][NV];
-            UNROLL for (int m = 0; m < M; m++)
-                UNROLL for (int v = 0; v < NV; v++) acc[m][v] = splat(-OFFSET * (sums[m][0] + sums[m][1]));
-            UNROLL for (int k = 0; k < G; k += 4) {
-                Vb b[NV];
-                UNROLL for (int v = 0; v < NV; v++, w += 4 * L) b[v] = load<Vb>(w);
-                if (M <= 2) ahead(w, NV * 4 * L);
-                UNROLL for (int m = 0; m < M; m++)
-                    UNROLL for (int v = 0; v < NV; v++) acc[m][v] = dot(acc[m][v], b[v], quad(x[m] + k));
-            }
-            UNROLL for (int m = 0; m < M; m++)
-                UNROLL for (int v = 0; v < NV; v++)
-                    total[m][v] = fma(__builtin_convertvector(acc[m][v], Vf), splat(scales[m][g]), total[m][v]);
+            add_group<M>(w, x, total);
+            w += G * NR;
         } else {
-            UNROLL for (int part = 0; part < 2; part++, w += PART)
-                add_part<M>(w, x, part * H, scales, g, sums, part, total);
+            UNROLL for (int part = 0; part < 2; part++, w += PART) add_part<M>(w, x, part, total);
         }
-        UNROLL for (int m = 0; m < M; m++) x[m] += G, sums[m] += 2;
+        UNROLL for (int m = 0; m < M; m++) x[m]++;
     }
     UNROLL for (int v = 0; v < NV; v++) {
         const Vf scale = kind == INT8 ? load<Vf>(w + v * 4 * L) : splat(1.0f);

@@ -40,6 +40,8 @@ _SIGNATURES: Mapping[str, tuple[object, list[object]]] = {
     "pensar_pack": (None, [I64, P, I64, P, I64, P, P]),
     "pensar_unpack": (None, [ctypes.POINTER(Linear), P, I64, P]),
     "pensar_linear": (None, [ctypes.POINTER(Linear), P, I64, P, P]),
+    "pensar_peak": (I64, [I64, I64]),
+    "pensar_read": (I64, [P, I64]),
     "pensar_exp": (None, [P, I64, P]),
     "pensar_norm": (None, [P, P, I64, I64, ctypes.c_double, P]),
     "pensar_logprobs": (None, [P, I64, I64, P, P, P]),

@@ -15,8 +15,8 @@ static void rms_norm(const float* x, const float* weight, int64_t num, float eps
 }
 
 // Bytes of a row, by the largest magnitude of each group. A group with NaN or infinity gets NaN as its scale.
-static void to_bytes(const float* x, int64_t num, int8_t* bytes, float* scales, int32_t* sums) {
-    for (; num > 0; x += G, bytes += G, num -= G) {
+static void to_bytes(const float* x, int64_t num, Group* to) {
+    for (; num > 0; x += G, num -= G, to++) {
         alignas(64) float rest[G] = {};
         const float* from = x;
         if (num < G) {
@@ -30,20 +30,20 @@ static void to_bytes(const float* x, int64_t num, int8_t* bytes, float* scales, 
             nothing += values * 0.0f;
         }
         const float scale = max(largest) / 127, inverse = scale > 0 ? 1 / scale : 0;
-        *scales++ = scale + sum(nothing);
-        for (int part = 0; part < G; part += H) {
+        to->scale = scale + sum(nothing);
+        for (int part = 0; part < 2; part++) {
             Vi total = Vi{};
-            for (int i = part; i < part + H; i += L) {
+            for (int i = part * H; i < (part + 1) * H; i += L) {
                 const Vi q = nearest(load<Vf>(from + i) * inverse);
                 total += q;
-                store(bytes + i, __builtin_convertvector(q, Vs));
+                store(to->bytes + i, __builtin_convertvector(q, Vs));
             }
-            int32_t lanes[L];
+            int32_t lanes[L], all = 0;
             store(lanes, total);
-            *sums = 0;
-            for (int i = 0; i < L; i++) *sums += lanes[i];
-            sums++;
+            for (int i = 0; i < L; i++) all += lanes[i];
+            to->sums[part] = all;
         }
+        to->excess = OFFSET * (to->sums[0] + to->sums[1]);
     }
 }
 

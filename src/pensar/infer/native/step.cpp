@@ -24,10 +24,7 @@ struct Step {
         qkv.resize(n * heads_wide);
         out.resize(n * attended);
         middle.resize(n * copies * m.width);
-        groups = groups_of(most);
-        bytes.resize(n * copies * groups * G);
-        scales.resize(n * copies * groups);
-        sums.resize(n * copies * groups * 2);
+        bytes.resize(n * copies * groups_of(most));
         if (m.experts) {
             scores.resize(n * m.experts);
             routed.resize(n * copies * m.hidden);
@@ -56,22 +53,20 @@ struct Step {
     const Model& m;
     const Batch& b;
     Team& team;
-    int64_t n, attended, heads_wide, copies, groups;
-    Floats x, normed, qkv, out, middle, scales, scores, routed, weight, change, low;
-    std::vector<int8_t> bytes;
-    std::vector<int32_t> sums;
+    int64_t n, attended, heads_wide, copies;
+    Floats x, normed, qkv, out, middle, scores, routed, weight, change, low;
+    std::vector<Group> bytes;
     std::vector<int64_t> expert, place, token, begins, adapter, work;  // adapter: of each token
     std::vector<std::vector<int64_t>> tokens_of;                      // of each adapter
     std::vector<Item> items;
     std::vector<const float*> gains;
 
     Rows rows_of(const float* values, int64_t inputs) const {
-        return Rows{values, bytes.data(), scales.data(), sums.data(), inputs, groups_of(inputs)};
+        return Rows{values, bytes.data(), inputs};
     }
 
     void to_bytes_at(const float* values, int64_t inputs, int64_t i) {
-        const int64_t g = groups_of(inputs);
-        to_bytes(values + i * inputs, inputs, &bytes[i * g * G], &scales[i * g], &sums[i * g * 2]);
+        to_bytes(values + i * inputs, inputs, &bytes[i * groups_of(inputs)]);
     }
 
     void all_to_bytes(const Linear& w, const float* values, int64_t num) {
@@ -127,7 +122,7 @@ struct Step {
                 team.each(num, [&](int64_t i) { std::fill_n(change.data() + index[i] * columns, columns, 0.0f); });
                 continue;
             }
-            Rows from{values, nullptr, nullptr, nullptr, w.inputs, 0}, between{low.data(), nullptr, nullptr, nullptr, rank, 0};
+            Rows from{values, nullptr, w.inputs}, between{low.data(), nullptr, rank};
             team.each(by.a.panels, [&](int64_t p) {
                 panel_product(by.a, p, from, index.data(), num, Sink{Sink::STORE, low.data(), rank, rank});
             });
@@ -236,7 +231,7 @@ struct Step {
     // sum runs over its experts in their order.
     void mixture(const Layer& w) {
         const int64_t d = m.hidden, k = m.chosen;
-        product(team, w.router, Rows{normed.data(), nullptr, nullptr, nullptr, d, 0}, n,
+        product(team, w.router, Rows{normed.data(), nullptr, d}, n,
                 Sink{Sink::STORE, scores.data(), m.experts, m.experts});
         team.each(n, [&](int64_t i) { choose(i); });
         team.each(1, [&](int64_t) { sort_by_expert(); });
@@ -364,16 +359,45 @@ void pensar_unpack(const Linear* w, const int64_t* columns, int64_t num, float* 
 }
 
 void pensar_linear(const Linear* w, const float* x, int64_t num, float* out, Team* team) {
-    const int64_t g = groups_of(w->inputs);
-    std::vector<int8_t> bytes(w->kind >= INT8 ? num * g * G : 0);
-    std::vector<float> scales(w->kind >= INT8 ? num * g : 0);
-    std::vector<int32_t> sums(scales.size() * 2);
-    const Rows rows{x, bytes.data(), scales.data(), sums.data(), w->inputs, g};
+    const int64_t groups = groups_of(w->inputs);
+    std::vector<Group> bytes(w->kind >= INT8 ? num * groups : 0);
+    const Rows rows{x, bytes.data(), w->inputs};
     team->run([&] {
         if (w->kind >= INT8)
-            team->each(num, [&](int64_t i) { to_bytes(x + i * w->inputs, w->inputs, &bytes[i * g * G], &scales[i * g], &sums[i * g * 2]); });
+            team->each(num, [&](int64_t i) { to_bytes(x + i * w->inputs, w->inputs, &bytes[i * groups]); });
         product(*team, *w, rows, num, Sink{Sink::STORE, out, w->outputs, w->outputs});
     });
+}
+
+// Operations of independent products in registers, `rounds` times: what the units give where nothing else is done.
+int64_t pensar_peak(int64_t kind, int64_t rounds) {
+    constexpr int CHAINS = 24;
+    Vf floats[CHAINS] = {};
+    Vi wholes[CHAINS] = {};
+    Vf a = splat(0.5f);
+    Vb w = load<Vb>(floats);
+    for (int64_t i = 0; i < rounds; i++) {
+        asm volatile("" : "+m"(a), "+m"(w));
+        if (kind >= INT8)
+            UNROLL for (int c = 0; c < CHAINS / 2; c++) wholes[c] = dot(wholes[c], w, 0x01010101);
+        else
+            UNROLL for (int c = 0; c < CHAINS / 2; c++) floats[c] = fma(floats[c], a, a);
+    }
+    asm volatile("" : : "m"(floats), "m"(wholes));
+    return rounds * (CHAINS / 2) * L * (kind >= INT8 ? 8 : 2);
+}
+
+// The sum of all words: how fast memory can be read.
+int64_t pensar_read(const uint8_t* from, int64_t bytes) {
+    Vi sums[4] = {};
+    for (int64_t i = 0; i + 16 * L <= bytes; i += 16 * L) {
+        ahead(from + i, 16 * L);
+        UNROLL for (int v = 0; v < 4; v++) sums[v] += load<Vi>(from + i + v * 4 * L);
+    }
+    const Vi all = sums[0] + sums[1] + sums[2] + sums[3];
+    int64_t total = 0;
+    for (int i = 0; i < L; i++) total += all[i];
+    return total;
 }
 
 void pensar_exp(const float* x, int64_t num, float* y) {
