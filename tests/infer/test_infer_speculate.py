@@ -10,13 +10,14 @@ import pytest
 import torch
 from markov import MarkovRunner
 
-from pensar.base.errors import ConfigError, ModelError
+from pensar.base.errors import ConfigError, ModelError, RunError
 from pensar.infer.drafts.draft_model import DraftModel
 from pensar.infer.drafts.head import HeadDrafts
 from pensar.infer.drafts.lengths import Lengths, LineFit
 from pensar.infer.drafts.lookup import Lookup
 from pensar.infer.drafts.proposer import Asked, FirstOf, Proposer, States
 from pensar.infer.engine import Completion, Engine, Request, SamplingParams
+from pensar.infer.native.runner import NativeRunner
 from pensar.infer.request import Grammar, Ints
 from pensar.infer.rows import RunningRows
 from pensar.infer.speculate import Acceptance, Speculation, speculation
@@ -159,6 +160,21 @@ def test_the_model_s_own_replies_are_the_same_with_a_head_a_student_and_itself(m
         kept.append(guesser.acceptance)
     assert kept[2].kept == kept[2].tried, "a model guesses its own draws, however hot"
     assert sum(kept[0].kept) < sum(kept[0].tried)
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_on_kernels_of_our_own_guesses_leave_every_bit(make_model: Any, weights: Any) -> None:
+    try:
+        runners = [NativeRunner(make_model(hidden_size=64, head_dim=16), weights) for _ in range(3)]
+    except RunError as error:
+        pytest.skip(str(error))
+    asked = requests(24, seed=9, vocabulary=320, temperature=0.9)
+    plain = served(runners[0], asked)
+    guesser = Speculation(DraftModel(runners[1]), 5, adaptive=False)
+    found = served(runners[2], asked, guesser)
+    for left, right in zip(plain, found, strict=True):
+        assert left == msgspec.structs.replace(right, num_cached_tokens=left.num_cached_tokens)
+    assert guesser.acceptance.kept == guesser.acceptance.tried
 
 
 def test_draws_have_the_model_s_distribution() -> None:

@@ -10,7 +10,9 @@ struct Pages {
     const uint8_t* base;     // of the layer
     const int64_t* numbers;  // of the row, in order
     int64_t page_bytes, offset;  // offset of the head within a page
+    int64_t num;                 // of the row
     const uint8_t* at(int64_t i) const { return base + numbers[i] * page_bytes + offset; }
+    const uint8_t* after(int64_t i, const uint8_t* none) const { return i < num ? at(i) : none; }
 };
 
 template <class T>
@@ -31,6 +33,8 @@ static void score_pages(const float* const* q, const Pages& pages, int64_t first
         UNROLL for (int p = 0; p < P; p++)
             UNROLL for (int v = 0; v < TV; v++) acc[i][p][v] = Vf{};
     for (int64_t d = 0; d < h; d++) {
+        // Few queries: memory is what counts. The values of these pages come next.
+        if (Q <= 4) UNROLL for (int p = 0; p < P; p++) __builtin_prefetch(keys[p] + (h + d) * PAGE);
         Vf k[P][TV];
         UNROLL for (int p = 0; p < P; p++)
             UNROLL for (int v = 0; v < TV; v++) k[p][v] = number(keys[p] + d * PAGE + v * L);
@@ -62,7 +66,9 @@ static void add_values(
         const T* values = (const T*)pages.at(first + begin / PAGE) + h * PAGE;
         const float* scales = (const float*)(values + PAGE * w) + PAGE;
         const int64_t num = tokens - begin < PAGE ? tokens - begin : PAGE;
+        const T* next = (const T*)pages.after(first + begin / PAGE + BLOCK_PAGES, (const uint8_t*)values) + column * PAGE;
         for (int64_t t = 0; t < num; t++) {
+            if (Q <= 4) UNROLL for (int v = 0; v < W; v++) __builtin_prefetch(next + (t * W + v) * L);
             Vf value[W];
             UNROLL for (int v = 0; v < W; v++) value[v] = number(values + t * w + column + v * L);
             UNROLL for (int i = 0; i < Q; i++) {

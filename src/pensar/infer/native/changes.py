@@ -6,14 +6,16 @@ Shape legend: O outputs, I inputs, r rank.
 """
 
 import ctypes
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pensar.infer.adapters import Adapter
 from pensar.infer.native.pack import Matrix, Order, Weights, gate_and_up, in_order
 from pensar.infer.native.structs import Change, Layer
 from pensar.infer.request import Ints
+from pensar.model.moe import Experts
 
 PLACES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -73,7 +75,8 @@ class Changes:
         found = {name: adapter.linear.get(f"model.layers.{layer}.{name}") for name in names}
         if not any(found.values()):
             return Change()
-        outputs = [block.get_submodule(name).weight.shape[0] for name in names]
+        linears = [cast(nn.Linear, block.get_submodule(name)) for name in names]
+        outputs = [linear.weight.shape[0] for linear in linears]
         rank = sum(change.a_rI.shape[0] for change in found.values() if change is not None)
         a_rI = torch.cat([change.a_rI for change in found.values() if change is not None])
         b_Or, gain_O = torch.zeros(sum(outputs), rank), torch.ones(sum(outputs))
@@ -110,7 +113,7 @@ class Changes:
         ctypes.memmove(blocks, own, ctypes.sizeof(own))
         for layer, block in enumerate(blocks):
             name = f"model.layers.{layer}.mlp.experts"
-            experts = self._weights.model.model.layers[layer].get_submodule("mlp.experts")
+            experts = cast(Experts, self._weights.model.model.layers[layer].get_submodule("mlp.experts"))
             gate_up = adapter.experts.get(f"{name}.gate_up_proj", experts.gate_up_proj)
             down = adapter.experts.get(f"{name}.down_proj", experts.down_proj)
             stacks = self._weights.stacks()

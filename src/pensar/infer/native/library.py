@@ -24,7 +24,16 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 # Contraction is off: the code says where products and sums are fused, so that every tile rounds alike.
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+)
 TARGETS = (("-march=native",), ("-mcpu=native",), ())
 """The first that the compiler takes."""
 
@@ -79,7 +88,9 @@ def built(folder: Path, extra: tuple[str, ...] = ()) -> Path:
     """
     compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
     if compiler is None:
-        raise RunError(f"no C++ compiler ({', '.join(COMPILERS)}) is on the path; install one for the fast kernels")
+        raise RunError(
+            f"no C++ compiler ({', '.join(COMPILERS)}) is on the path; install one for the fast kernels"
+        )
     path = folder / f"{_digest(compiler, extra)}.so"
     if path.exists():
         return path

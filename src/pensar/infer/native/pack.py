@@ -127,7 +127,9 @@ class Weights:
         layer.qkv = self._matrix(
             self.kind, lambda: torch.cat([part.weight.detach() for part in parts]), outputs
         ).struct
-        layer.o = self._matrix(self.kind, lambda: attention.o_proj.weight, self.model.config.hidden_size).struct
+        layer.o = self._matrix(
+            self.kind, lambda: attention.o_proj.weight, self.model.config.hidden_size
+        ).struct
         if isinstance(mlp, SparseMLP):
             layer.router = self._matrix("float32", lambda: mlp.gate.weight, mlp.num_experts).struct
             stacks = self.stacks()
@@ -141,7 +143,9 @@ class Weights:
             2 * self.width,
             gate_and_up(self.width),
         ).struct
-        layer.down = self._matrix(self.kind, lambda: mlp.down_proj.weight, self.model.config.hidden_size).struct
+        layer.down = self._matrix(
+            self.kind, lambda: mlp.down_proj.weight, self.model.config.hidden_size
+        ).struct
 
     def stacks(self) -> "Stacks":
         """Room for the experts of a layer."""

@@ -54,7 +54,9 @@ class NativeRunner:
         """`threads`: None for as many as torch uses. Raises RunError where the library cannot be built."""
         self.model, self.config = model, model.config
         if model.model.embed_tokens.weight.device.type != "cpu":
-            raise ConfigError(f"the model is on {model.model.embed_tokens.weight.device}; native kernels are for CPUs")
+            raise ConfigError(
+                f"the model is on {model.model.embed_tokens.weight.device}; native kernels are for CPUs"
+            )
         self.device = torch.device("cpu")
         self.weights, self.cache = weights, cache
         self._library = library()
@@ -115,7 +117,7 @@ class NativeRunner:
         self._struct.adapters = self._changes.places
 
     def page_bytes(self) -> int:
-        return self.config.num_layers * self._page_bytes
+        return int(self.config.num_layers * self._page_bytes)
 
     def weight_bytes(self) -> int:
         """Memory of the packed weights, which stand beside the module's own."""
@@ -124,7 +126,10 @@ class NativeRunner:
     def _run(self, batch: StepBatch, layers: "ctypes.Array[Layer]") -> StepOutput:
         self._reach(int(batch.positions_N.max()) + 1)
         num = len(batch.wanted_S)
-        logits_SV, hidden_SD = torch.empty(num, self.config.vocab_size), torch.empty(num, self.config.hidden_size)
+        logits_SV, hidden_SD = (
+            torch.empty(num, self.config.vocab_size),
+            torch.empty(num, self.config.hidden_size),
+        )
         arrays = [
             None if values is None else np.ascontiguousarray(values, np.int64)
             for values in (

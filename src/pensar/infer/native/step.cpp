@@ -174,7 +174,8 @@ struct Step {
 
     void attend_item(const Item& item, const uint8_t* store) {
         const int64_t h = m.head_dim, size = head_bytes((int)m.cache, h);
-        const Pages pages{store, b.page_numbers + item.row * b.width, m.page_bytes, item.kv_head * size};
+        const Pages pages{store, b.page_numbers + item.row * b.width, m.page_bytes, item.kv_head * size,
+                          (b.lengths[item.row] + PAGE - 1) / PAGE};
         const float* q[TILE];
         float* to[TILE];
         int64_t limits[TILE];
@@ -371,20 +372,19 @@ void pensar_linear(const Linear* w, const float* x, int64_t num, float* out, Tea
 
 // Operations of independent products in registers, `rounds` times: what the units give where nothing else is done.
 int64_t pensar_peak(int64_t kind, int64_t rounds) {
-    constexpr int CHAINS = 24;
-    Vf floats[CHAINS] = {};
+    constexpr int CHAINS = 12;
+    Vf floats[CHAINS] = {}, a = splat((float)rounds * 1e-9f);
     Vi wholes[CHAINS] = {};
-    Vf a = splat(0.5f);
-    Vb w = load<Vb>(floats);
+    const Vb w = load<Vb>(&a);
     for (int64_t i = 0; i < rounds; i++) {
-        asm volatile("" : "+m"(a), "+m"(w));
         if (kind >= INT8)
-            UNROLL for (int c = 0; c < CHAINS / 2; c++) wholes[c] = dot(wholes[c], w, 0x01010101);
+            UNROLL for (int c = 0; c < CHAINS; c++) wholes[c] = dot(wholes[c], w, (int32_t)rounds);
         else
-            UNROLL for (int c = 0; c < CHAINS / 2; c++) floats[c] = fma(floats[c], a, a);
+            UNROLL for (int c = 0; c < CHAINS; c++) floats[c] = fma(floats[c], a, a);
     }
-    asm volatile("" : : "m"(floats), "m"(wholes));
-    return rounds * (CHAINS / 2) * L * (kind >= INT8 ? 8 : 2);
+    static volatile float kept;
+    for (int c = 0; c < CHAINS; c++) kept = floats[c][0] + (float)wholes[c][0];
+    return rounds * CHAINS * L * (kind >= INT8 ? 8 : 2);
 }
 
 // The sum of all words: how fast memory can be read.

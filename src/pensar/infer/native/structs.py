@@ -63,7 +63,10 @@ class Batch(ctypes.Structure):
 
     _fields_: ClassVar[Fields] = [
         *((name, _I64) for name in ("rows", "tokens", "wanted", "width")),
-        *((name, _P) for name in ("ids", "positions", "starts", "lengths", "page_numbers", "wanted_at", "adapters")),
+        *(
+            (name, _P)
+            for name in ("ids", "positions", "starts", "lengths", "page_numbers", "wanted_at", "adapters")
+        ),
         ("logits", _P),
         ("hidden", _P),
     ]

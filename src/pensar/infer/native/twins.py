@@ -17,7 +17,8 @@ def product(x_NI: Tensor, weight_OI: Tensor, kind: str) -> Tensor:
     if kind == "bfloat16":
         return x_NI.double() @ weight_OI.bfloat16().double().T
     weight = int8_columns(weight_OI) if kind == "int8" else int4_columns(weight_OI)
-    return row_bytes(x_NI) @ weight.double().T
+    out_NO: Tensor = row_bytes(x_NI) @ weight.double().T
+    return out_NO
 
 
 def row_bytes(x_NI: Tensor) -> Tensor:
