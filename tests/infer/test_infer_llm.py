@@ -8,6 +8,7 @@ from pensar.base.errors import ConfigError, ModelError
 from pensar.infer.engine import Completion
 from pensar.infer.generation import DIRECT_DEFAULTS, GREEDY, THINKING_DEFAULTS, Defaults, read_generation
 from pensar.infer.llm import LLM
+from pensar.infer.native.library import available
 from pensar.model.config import ModelConfig
 from pensar.model.qwen3 import Qwen3, initialize
 from pensar.model.weights import save_model
@@ -283,3 +284,17 @@ def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(open_llm, tokenizer, v
     assert reply.content == whole[: whole.index(stop)]
     assert reply.finish_reason == "stop"
     assert llm.chat(QUESTION, max_tokens=20, logit_bias={vocables[2]: 100.0}).content != whole
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "bfloat16"])
+def test_fewer_bits_and_guesses_are_options_of_the_front_door(
+    open_llm, tokenizer, vocables, weights, tmp_path
+):
+    plain = open_llm([*vocables, tokenizer.eos_id])
+    if not available():
+        with pytest.raises(ConfigError, match="needs native kernels"):
+            LLM(tmp_path, weights=weights)
+        return
+    fewer = LLM(tmp_path, weights=weights, lookup=True)
+    assert fewer.chat(QUESTION, max_tokens=9).content == plain.chat(QUESTION, max_tokens=9).content
+    assert fewer.engine.speculation is not None

@@ -1,9 +1,11 @@
 """`pensar serve`: an OpenAI-compatible server over one model directory."""
 
 import shlex
+from pathlib import Path
+from typing import Literal
 
 from pensar.base.errors import ConfigError, RunError
-from pensar.cli.options import ModelFolder
+from pensar.cli.options import Flag, ModelFolder
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -17,6 +19,11 @@ def serve(
     api_key: str | None = None,
     model_name: str | None = None,
     max_waiting: int = 256,
+    slots: int = 64,
+    weights: Literal["as_is", "bfloat16", "int8", "int4"] = "as_is",
+    lookup: Flag = False,
+    draft: Path | None = None,
+    draft_head: Path | None = None,
 ) -> None:
     """Serve a model over the OpenAI-compatible protocol.
 
@@ -34,6 +41,16 @@ def serve(
         What clients put into `model`; by default the directory's name.
     max_waiting
         Requests that may wait while the batch is full; further ones are answered 429.
+    slots
+        Replies that are written at once.
+    weights
+        Bits of the linear layers on a CPU: fewer are faster and round.
+    lookup
+        Guess tokens ahead by looking for the last ones earlier in the text. Guesses change no reply.
+    draft
+        A smaller model of the same tokenizer to guess with.
+    draft_head
+        A trained head of this model to guess with.
     """
     try:
         from pensar.serve.app import open_service
@@ -48,7 +65,10 @@ def serve(
     config = ServeConfig(model_name=name, api_key=api_key, max_waiting=max_waiting)
     # The address first: it costs nothing, and a wrong one should not be found after a long load.
     with bind(host, port) as listening:
-        server = Server(open_service(model, config), listening)
+        service = open_service(
+            model, config, slots=slots, weights=weights, lookup=lookup, draft=draft, draft_head=draft_head
+        )
+        server = Server(service, listening)
         print(greeting(server.url, name, keyed=api_key is not None), flush=True)
         if host not in LOOPBACK and api_key is None:
             print("warning: other machines can reach this address and no --api-key is set", flush=True)

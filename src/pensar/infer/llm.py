@@ -15,7 +15,9 @@ from pensar.infer.budget import THINKING, Thinking
 from pensar.infer.engine import Completion, Engine, Request, SamplingParams
 from pensar.infer.generation import read_generation
 from pensar.infer.request import FinishReason, Grammar, Ints, checked_tokens
+from pensar.infer.runners import Weights, runner_for
 from pensar.infer.score import score
+from pensar.infer.speculate import speculation
 from pensar.model.weights import load_model
 from pensar.text.chat import Delta, ReplyParser, encode_prompt, mode_of
 from pensar.text.conversation import Conversation, Message, ToolCall
@@ -94,7 +96,10 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
 class LLM:
     """A Qwen3-style Hugging Face directory with its tokenizer and an engine; not thread-safe.
 
-    `dtype` None means float32 on a CPU, where 16-bit products are slower, and the file's own type elsewhere.
+    `dtype` None means float32 on a CPU, where 16-bit products are slower, and the file's own type elsewhere. `weights`
+    in "int8" or "int4" answers faster on a CPU, and rounds; `adapters` are LoRA folders by the names that requests
+    use. Tokens are guessed ahead, which changes no reply, by `lookup` in the text, by a smaller model (`draft`) or by a
+    trained head (`draft_head`).
     Raises ModelError for a folder that cannot be opened and for a tokenizer with more tokens than the model.
     """
 
@@ -106,6 +111,11 @@ class LLM:
         dtype: torch.dtype | None = None,
         slots: int = 64,
         max_tokens_per_slot: int | None = None,
+        weights: Weights = "as_is",
+        adapters: Mapping[str, Path | str] | None = None,
+        lookup: bool = False,
+        draft: Path | str | None = None,
+        draft_head: Path | str | None = None,
     ) -> None:
         folder = Path(path)
         if not folder.is_dir():
@@ -116,7 +126,21 @@ class LLM:
             dtype = torch.float32
         self.model = load_model(folder, device=device, dtype=dtype)
         self.tokenizer = Tokenizer.load(folder)
-        self.engine = Engine(self.model, self.tokenizer, slots=slots, max_tokens_per_slot=max_tokens_per_slot)
+        self.engine = Engine(
+            runner_for(self.model, weights),
+            self.tokenizer,
+            slots=slots,
+            max_tokens_per_slot=max_tokens_per_slot,
+            speculation=speculation(
+                self.model,
+                lookup=lookup,
+                head=None if draft_head is None else Path(draft_head),
+                draft=None if draft is None else Path(draft),
+                slots=slots,
+            ),
+        )
+        for name, path in (adapters or {}).items():
+            self.engine.load_adapter(name, Path(path))
         self.engine.adaptive = AdaptiveBudget.load(folder, self.model.config.hidden_size)
         self._thinking = Thinking(self.tokenizer) if THINK in self.tokenizer.control_tokens else None
         self.generation = read_generation(folder)

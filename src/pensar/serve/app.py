@@ -4,6 +4,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -32,11 +33,11 @@ CLIENT_CLOSED_REQUEST = 499
 """Nobody reads this answer; the status is for the log and the metrics (nginx's convention)."""
 
 
-def open_service(folder: Path, config: ServeConfig, *, device: str = "cpu") -> Service:
-    """Loads the model directory `folder` behind a worker that is not started yet."""
+def open_service(folder: Path, config: ServeConfig, *, device: str = "cpu", **options: Any) -> Service:
+    """Loads the model directory `folder` behind a worker that is not started yet; `options` are those of LLM."""
     from pensar.infer.llm import LLM
 
-    llm = LLM(folder, device=device)
+    llm = LLM(folder, device=device, **options)
     return make_service(llm.engine, llm.tokenizer, config, llm.generation)
 
 
