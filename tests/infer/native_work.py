@@ -26,7 +26,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mixture-raw-weights": MIXTURE | {"norm_topk_prob": False, "experts_per_token": 3},
     "wide-heads": {"head_dim": 80, "hidden_size": 128, "intermediate_size": 200},
     "many-queries": {"num_heads": 12, "num_kv_heads": 1, "head_dim": 24},
-    "odd-sizes": {"hidden_size": 50, "intermediate_size": 71, "vocab_size": 323, "head_dim": 10, "tied": True},
+    "odd-sizes": {
+        "hidden_size": 50,
+        "intermediate_size": 71,
+        "vocab_size": 323,
+        "head_dim": 10,
+        "tied": True,
+    },
     "yarn": {"rope_scaling": Yarn(factor=4.0, original_max_positions=16), "max_positions": 256},
 }
 Row = tuple[list[int], int, list[int]]

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from pensar.base.errors import ModelError
-from pensar.infer.native.pack import Matrix, Team, gate_and_up, in_order
-from pensar.infer.native.library import library
-from pensar.infer.native.runner import NativeRunner
-from pensar.infer.native import twins
-from pensar.infer.torch_runner import TorchRunner
-from pensar.model.lora import LoraConfig, adapt, adapted_weights
 from pensar.infer.adapters import read_adapter
+from pensar.infer.native import twins
+from pensar.infer.native.library import library
+from pensar.infer.native.pack import Matrix, Team, gate_and_up, in_order
+from pensar.infer.native.runner import NativeRunner
+from pensar.infer.torch_runner import TorchRunner
 from pensar.model.adapter import save_adapter
+from pensar.model.lora import LoraConfig, adapt, adapted_weights
 from tests.infer.native_work import (
     MIXTURE,
     SHAPES,
@@ -58,7 +58,10 @@ def test_scores_are_those_of_transformers(tmp_path):
 @pytest.mark.parametrize(("inputs", "outputs", "rows"), [(64, 32, 1), (200, 70, 5), (513, 97, 29)])
 def test_a_product_is_its_twins(kind, inputs, outputs, rows):
     generator = torch.Generator().manual_seed(inputs)
-    x, weight = torch.randn(rows, inputs, generator=generator), torch.randn(outputs, inputs, generator=generator)
+    x, weight = (
+        torch.randn(rows, inputs, generator=generator),
+        torch.randn(outputs, inputs, generator=generator),
+    )
     x[:, 3] *= 20
     weight[1] = 0
     team, matrix = Team(1), Matrix(kind, in_order(outputs), outputs, inputs)
@@ -151,7 +154,9 @@ def test_it_goes_on_where_another_step_stopped_as_torchs_runner_does():
         runner.reserve(20)
     steps = [
         batch_of([(first[:20], 0, pages_for(37)), (second[:5], 0, pages_for(50, 8))], wanted=[19, 24]),
-        batch_of([(second[5:49], 5, pages_for(50, 8)), (first[20:21], 20, pages_for(37))], wanted=[0, 43, 44]),
+        batch_of(
+            [(second[5:49], 5, pages_for(50, 8)), (first[20:21], 20, pages_for(37))], wanted=[0, 43, 44]
+        ),
         batch_of([(first[21:], 21, pages_for(37)), (second[49:], 49, pages_for(50, 8))]),
     ]
     for step in steps:

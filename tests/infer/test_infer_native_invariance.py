@@ -17,7 +17,7 @@ LENGTHS = np.random.default_rng(5).integers(1, 130, ROWS).tolist()
 
 
 def in_a_crowd(runner: NativeRunner, seed: int) -> list[torch.Tensor]:
-    """Scores of every text, computed together: each step takes random rows in random order, each with a random chunk."""
+    """Scores of every text, computed together: steps of random rows, each with a random chunk."""
     random = np.random.default_rng(seed)
     runner.reserve(ROWS * 9 + 1)
     texts = [text(length, row) for row, length in enumerate(LENGTHS)]

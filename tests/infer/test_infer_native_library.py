@@ -63,7 +63,7 @@ def test_other_processors_code_computes_the_same(monkeypatch, tmp_path, name):
         monkeypatch.setattr(module, "library", lambda: other)
     for kind, scores in expected.items():
         found = logits_of(runner.NativeRunner(build(), kind), text(70))
-        # Integer sums are exact everywhere; a rounding to bytes may fall the other way after float sums of another width.
+        # Integer sums are exact; rounding to bytes may fall the other way after float sums of another width.
         most = 1e-5 if kind == "float32" else 0.02
         assert (found - scores).norm() <= most * scores.norm()
     for shape in ("mixture", "wide-heads"):

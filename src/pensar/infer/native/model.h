@@ -35,5 +35,5 @@ struct Model {
 struct Batch {
     int64_t rows, tokens, wanted, width;
     const int64_t *ids, *positions, *starts, *lengths, *page_numbers, *wanted_at, *adapters;
-    float *logits, *hidden;
+    float *logits, *hidden;  // null: no logits
 };

@@ -110,7 +110,7 @@ class NativeRunner:
 
     def load(self, weights: Mapping[str, Tensor] | Qwen3) -> None:
         replace_weights(self.model, weights)
-        self._packed.fill()
+        self.refresh()
 
     def set_adapter(self, number: int, adapter: Adapter | None) -> None:
         self._changes.set(number, adapter)
@@ -123,13 +123,26 @@ class NativeRunner:
         """Memory of the packed weights, which stand beside the module's own."""
         return self._packed.bytes()
 
+    def hidden(self, batch: StepBatch) -> Tensor:
+        """The states [S, D] of `run` alone, without adapters."""
+        return self._step(batch, self._packed.layers, None)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Scores [N, V] of states, the bits that `run` gives for them."""
+        return self._packed.head.product(hidden_ND, self._team)
+
+    def refresh(self) -> None:
+        """Packs the module's weights as they are now."""
+        self._packed.fill()
+
     def _run(self, batch: StepBatch, layers: "ctypes.Array[Layer]") -> StepOutput:
+        logits_SV = torch.empty(len(batch.wanted_S), self.config.vocab_size)
+        return StepOutput(logits_SV, self._step(batch, layers, logits_SV))
+
+    def _step(self, batch: StepBatch, layers: "ctypes.Array[Layer]", logits_SV: Tensor | None) -> Tensor:
         self._reach(int(batch.positions_N.max()) + 1)
         num = len(batch.wanted_S)
-        logits_SV, hidden_SD = (
-            torch.empty(num, self.config.vocab_size),
-            torch.empty(num, self.config.hidden_size),
-        )
+        hidden_SD = torch.empty(num, self.config.hidden_size)
         arrays = [
             None if values is None else np.ascontiguousarray(values, np.int64)
             for values in (
@@ -150,13 +163,13 @@ class NativeRunner:
             num,
             batch.pages_RP.shape[1],
             *pointers,
-            logits_SV.data_ptr(),
+            None if logits_SV is None else logits_SV.data_ptr(),
             hidden_SD.data_ptr(),
         )
         fault = self._library.pensar_step(ctypes.byref(self._struct), ctypes.byref(struct), self._team.handle)
         if fault:
             raise ModelError(f"the step cannot be computed: {FAULTS[fault]}")
-        return StepOutput(logits_SV, hidden_SD)
+        return hidden_SD
 
     def _shape(self) -> Model:
         config, packed = self.config, self._packed

@@ -44,9 +44,10 @@ struct Step {
         const int64_t d = m.hidden;
         team.each(n, [&](int64_t i) {
             rms_norm(x.data() + i * d, m.final_norm, d, (float)m.eps, b.hidden + i * d);
-            if (m.head.kind >= INT8) to_bytes_at(b.hidden, d, i);
+            if (m.head.kind >= INT8 && b.logits != nullptr) to_bytes_at(b.hidden, d, i);
         });
-        product(team, m.head, rows_of(b.hidden, d), n, Sink{Sink::STORE, b.logits, m.vocab, m.vocab});
+        if (b.logits != nullptr)
+            product(team, m.head, rows_of(b.hidden, d), n, Sink{Sink::STORE, b.logits, m.vocab, m.vocab});
     }
 
   private:
@@ -373,8 +374,9 @@ void pensar_linear(const Linear* w, const float* x, int64_t num, float* out, Tea
 // Operations of independent products in registers, `rounds` times: what the units give where nothing else is done.
 int64_t pensar_peak(int64_t kind, int64_t rounds) {
     constexpr int CHAINS = 12;
-    Vf floats[CHAINS] = {}, a = splat((float)rounds * 1e-9f);
-    Vi wholes[CHAINS] = {};
+    Vf floats[CHAINS], a = splat((float)rounds * 1e-9f);
+    Vi wholes[CHAINS];
+    for (int c = 0; c < CHAINS; c++) floats[c] = splat((float)c), wholes[c] = splat(c);
     const Vb w = load<Vb>(&a);
     for (int64_t i = 0; i < rounds; i++) {
         if (kind >= INT8)

@@ -1,4 +1,4 @@
-"""Twins: what the library computes, written plainly in torch, in float64 unless said otherwise; tests hold it against them.
+"""Twins: what the library computes, written plainly in torch, in float64 unless said otherwise, for tests to compare.
 
 Shape legend: N rows, O outputs, I inputs, G inputs of a group of a row, P inputs of a part of a column.
 """
@@ -26,7 +26,8 @@ def row_bytes(x_NI: Tensor) -> Tensor:
     x_NgG = F.pad(x_NI, (0, -x_NI.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     scale = x_NgG.abs().amax(-1, keepdim=True) / 127
     bytes_NgG = (x_NgG * (1 / scale)).nan_to_num(0).round()
-    return (bytes_NgG.double() * scale.double()).flatten(1)[:, : x_NI.shape[1]]
+    rows_NI: Tensor = (bytes_NgG.double() * scale.double()).flatten(1)[:, : x_NI.shape[1]]
+    return rows_NI
 
 
 def int8_columns(weight_OI: Tensor) -> Tensor:
