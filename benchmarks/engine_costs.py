@@ -242,6 +242,7 @@ def _sync_seconds(config: ModelConfig, kind: str, rounds: int) -> tuple[float, f
         engine.submit(Request(str(number), prompt, params))
     engine.step()
     loads, copies = [], []
+    targets = [torch.zeros_like(parameter) for parameter in model.parameters()]
     for number in range(rounds):
         trainer = Qwen3(config).eval()
         initialize(trainer, number + 1)
@@ -250,7 +251,6 @@ def _sync_seconds(config: ModelConfig, kind: str, rounds: int) -> tuple[float, f
         engine.load(weights)
         loads.append(time.process_time() - start)
         assert len(engine.step()) == BATCH
-        targets = [torch.empty_like(value) for value in weights.values()]
         start = time.process_time()
         for target, value in zip(targets, weights.values(), strict=True):
             target.copy_(value)

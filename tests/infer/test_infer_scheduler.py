@@ -197,6 +197,19 @@ def test_a_running_reply_to_the_same_prompt_does_not_take_the_lead(model: Qwen3,
     assert tokens_of(done["leader"]) == tokens_of(done["follower"]) == naive(model, prompt, 6)["tokens"]
 
 
+def test_a_prompt_that_is_scored_neither_leads_nor_follows(model: Qwen3, naive: Naive) -> None:
+    [prompt] = prompts([50])
+    engine = Engine(model, slots=4, step_tokens=20)
+    engine.submit(greedy("leader", prompt, 6))
+    engine.step()
+    engine.submit(greedy("scored", prompt, 6, prompt_logprobs=True))
+    engine.submit(greedy("follower", prompt, 6))
+    expected = naive(model, prompt, 6)["tokens"]
+    assert {name: tokens_of(pieces) for name, pieces in finished(engine).items()} == dict.fromkeys(
+        ("leader", "scored", "follower"), expected
+    )
+
+
 # ---------------------------------------------------------------- who is next
 
 

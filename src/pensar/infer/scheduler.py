@@ -287,7 +287,7 @@ class Scheduler:
             rows.state["follows"][row] = True
             self._followers.setdefault(leader, []).append(request.id)
             return
-        if entry.resumed is None:
+        if entry.resumed is None and not request.params.prompt_logprobs:
             self._leaders[root + entry.prompt.tobytes()] = request.id
         if self.share and not rows.state["every"][row]:
             # At least the last token is computed: its logits are wanted.

@@ -23,6 +23,7 @@ from pensar.infer.drafts.lookup import Lookup
 from pensar.infer.drafts.proposer import Asked, FirstOf, Proposer, States
 from pensar.infer.request import Completion, Ints
 from pensar.infer.rows import RunningRows
+from pensar.infer.runners import runner_for
 from pensar.infer.scheduler import Plan, Scheduler
 from pensar.infer.step import StepOutput
 from pensar.infer.storage import is_out_of_memory
@@ -320,13 +321,14 @@ def speculation(
     if head is not None:
         proposers.append(HeadDrafts(DraftHead.load(head, model), model))
     if draft is not None:
-        smaller = load_model(draft, model.model.embed_tokens.weight.device)
+        weight = model.model.embed_tokens.weight
+        smaller = load_model(draft, weight.device, weight.dtype)
         if smaller.config.vocab_size != model.config.vocab_size:
             raise ConfigError(
                 f"the draft model of {draft} knows {smaller.config.vocab_size:,} tokens, the model "
                 f"{model.config.vocab_size:,}; both need the same tokenizer"
             )
-        proposers.append(DraftModel(smaller, slots=slots))
+        proposers.append(DraftModel(runner_for(smaller), slots=slots))
     if not proposers:
         return None
     return Speculation(FirstOf(*proposers) if len(proposers) > 1 else proposers[0], max_drafts)

@@ -51,7 +51,7 @@ def cut_depth(model: Qwen3, mesh: Mesh) -> None:
             del layers._modules[str(index)]  # noqa: SLF001 - `del layers[index]` would rename the others
     last = depth.rank == depth.size - 1
     if depth.rank and not (last and model.config.tied):
-        model.model.embed_tokens = None  # type: ignore[assignment]
+        model.model.embed_tokens = None
     if not last:
         model.model.norm = None  # type: ignore[assignment]
         model.lm_head = None
