@@ -19,6 +19,7 @@ BUILDS = {
 }
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_build_one_whole_file(tmp_path):
     program = (
         "import sys; from pathlib import Path; from pensar.infer.native.library import built, opened;"

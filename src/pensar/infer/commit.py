@@ -113,7 +113,7 @@ class Commit:
         uniform = torch.from_numpy(uniforms(state["seed"][rows_M], index_M)).to(raw_MV.device)
         draw = sample(allowed_MV, self._rules_of(rows_M, raw_MV.device), uniform)
         ids_M, sound_M = draw.ids.cpu().numpy(), draw.sound.cpu().numpy()
-        total_M = draw.log_total if allowed_MV is raw_MV else None
+        total_M = None  # the draw's own sum would depend on the rows beside it
         going = np.arange(len(rows_A))
         for turn in range(most + 1):
             rows, at = rows_A[going], offset_A[going] + turn

@@ -133,15 +133,20 @@ def logprobs(logits_NV: Tensor, ids_N: Tensor, log_total_N: Tensor | None) -> Te
     """Log-probabilities [N] of `ids_N` under softmax of the logits: temperature 1, unfiltered."""
     logits_NV = logits_NV.float()
     if log_total_N is None:
-        log_total_N = logits_NV.logsumexp(-1)
+        log_total_N = _log_total(logits_NV)
     return logits_NV.gather(-1, ids_N[:, None])[:, 0] - log_total_N
+
+
+def _log_total(logits_NV: Tensor) -> Tensor:
+    """log sum exp [N], as the trainer's loss takes it (pensar.train.head): a row's own at any number of threads."""
+    return logits_NV.amax(-1) - logits_NV.softmax(-1).amax(-1).log()
 
 
 def top_logprobs(logits_NV: Tensor, k: int, log_total_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Ids [N, k] and log-probabilities [N, k] of each row's likeliest tokens, the likeliest first, equal ones by id."""
     logits_NV = logits_NV.float()
     if log_total_N is None:
-        log_total_N = logits_NV.logsumexp(-1)
+        log_total_N = _log_total(logits_NV)
     values_Nk, ids_Nk = _leading(logits_NV, k + MARGIN)
     return ids_Nk[:, :k], values_Nk[:, :k] - log_total_N[:, None]
 

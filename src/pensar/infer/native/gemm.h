@@ -92,19 +92,17 @@ INLINE int32_t quad(const int8_t* bytes) {
 // total += one part of four-bit columns: (scale q + least) x, of which the second term needs the sum of x only.
 template <int M>
 INLINE void add_part(const uint8_t* w, const Group* const* x, int part, Vf (*total)[NV]) {
-    constexpr int S = M <= 2 ? 2 : 1;  // integer sums are exact in any order: few rows get two chains each
-    Vi acc[M][NV], more[M][NV];
+    Vi acc[M][NV];
     UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int v = 0; v < NV; v++) acc[m][v] = more[m][v] = Vi{};
+        UNROLL for (int v = 0; v < NV; v++) acc[m][v] = Vi{};
     UNROLL for (int k = 0; k < H; k += 8)
         UNROLL for (int v = 0; v < NV; v++) {
             const uint8_t* at = w + (k / 8 * NV + v) * 4 * L;
             const Vb b = load<Vb>(at), low = b & 15, high = (Vb)(((Vu)b >> 4) & 0x0f0f0f0f);
             if (M <= 2) ahead(at, 4 * L);
             UNROLL for (int m = 0; m < M; m++) {
-                Vi& second = S == 2 ? more[m][v] : acc[m][v];
                 acc[m][v] = dot_nibbles(acc[m][v], low, quad(x[m]->bytes + part * H + k));
-                second = dot_nibbles(second, high, quad(x[m]->bytes + part * H + k + 4));
+                acc[m][v] = dot_nibbles(acc[m][v], high, quad(x[m]->bytes + part * H + k + 4));
             }
         }
     w += H * NR / 2;
@@ -112,8 +110,7 @@ INLINE void add_part(const uint8_t* w, const Group* const* x, int part, Vf (*tot
         const Vf scale = from_bfloat16(load<Vh>(w + v * 2 * L));
         const Vf least = from_bfloat16(load<Vh>(w + NR * 2 + v * 2 * L));
         UNROLL for (int m = 0; m < M; m++) {
-            const Vi whole = S == 2 ? acc[m][v] + more[m][v] : acc[m][v];
-            const Vf product = __builtin_convertvector(whole, Vf) * x[m]->scale;
+            const Vf product = __builtin_convertvector(acc[m][v], Vf) * x[m]->scale;
             total[m][v] = fma(product, scale, total[m][v]);
             total[m][v] = fma(splat(x[m]->scale * (float)x[m]->sums[part]), least, total[m][v]);
         }
@@ -123,25 +120,19 @@ INLINE void add_part(const uint8_t* w, const Group* const* x, int part, Vf (*tot
 // total += one group of eight-bit columns, whose scales come at the end of the panel.
 template <int M>
 INLINE void add_group(const uint8_t* w, const Group* const* x, Vf (*total)[NV]) {
-    constexpr int S = M <= 2 ? 2 : 1;
-    Vi acc[M][NV], more[M][NV];
+    Vi acc[M][NV];
     UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int v = 0; v < NV; v++) acc[m][v] = splat(-x[m]->excess), more[m][v] = Vi{};
+        UNROLL for (int v = 0; v < NV; v++) acc[m][v] = splat(-x[m]->excess);
     UNROLL for (int k = 0; k < G; k += 4) {
         Vb b[NV];
         UNROLL for (int v = 0; v < NV; v++) b[v] = load<Vb>(w + (k / 4 * NV + v) * 4 * L);
         if (M <= 2) ahead(w + k * NR, 4 * NR);
         UNROLL for (int m = 0; m < M; m++)
-            UNROLL for (int v = 0; v < NV; v++) {
-                Vi& sum = S == 2 && k / 4 % 2 ? more[m][v] : acc[m][v];
-                sum = dot(sum, b[v], quad(x[m]->bytes + k));
-            }
+            UNROLL for (int v = 0; v < NV; v++) acc[m][v] = dot(acc[m][v], b[v], quad(x[m]->bytes + k));
     }
     UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int v = 0; v < NV; v++) {
-            const Vi whole = S == 2 ? acc[m][v] + more[m][v] : acc[m][v];
-            total[m][v] = fma(__builtin_convertvector(whole, Vf), splat(x[m]->scale), total[m][v]);
-        }
+        UNROLL for (int v = 0; v < NV; v++)
+            total[m][v] = fma(__builtin_convertvector(acc[m][v], Vf), splat(x[m]->scale), total[m][v]);
 }
 
 template <int M, Kind kind>
