@@ -125,16 +125,22 @@ def bits(model: Qwen3, attending: Attending, tokens: list[int]) -> list[float]:
 
 
 def held_out(model: Qwen3, corpus: Any, amount: Mapping[str, Any], kind: str) -> float:
-    """Bits per byte of the beginnings of documents that no stage read: natural text and code, or our problems."""
+    """Bits per byte of documents that no stage read, natural text and code or our problems, in pieces of a context.
+
+    The first `pieces` of each document count, one where the recipe does not say.
+    """
     data = Shards(corpus.shards)
     problems = [source == "problems" for source in data.docs["source"].to_pylist()]
     chosen = (data.weights(HELD_OUT) > 0) & (data.lengths() > 1)
-    total = size = 0.0
+    context, total, size = amount["context"], 0.0, 0
     found = [i for i in chosen.nonzero()[0] if problems[i] == (kind == "problems")][: amount["documents"]]
     for index in found:
-        tokens = [int(token) for token in data.tokens(int(index))[: amount["context"]]]
-        total += sum(bits(model, _whole, tokens))
-        size += len(corpus.tokenizer.decode_bytes(tokens[1:]))
+        tokens = [int(token) for token in data.tokens(int(index))]
+        for piece in range(amount.get("pieces", 1)):
+            part = tokens[piece * context : (piece + 1) * context]
+            if len(part) > 1:
+                total += sum(bits(model, _whole, part))
+                size += len(corpus.tokenizer.decode_bytes(part[1:]))
     return total / size
 
 

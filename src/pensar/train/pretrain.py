@@ -65,6 +65,8 @@ class Shape(Config, frozen=True, kw_only=True):
     num_experts: int = 0
     experts_per_token: int = 0
     moe_intermediate_size: int = 0
+    router_balance_weight: float = 0.001
+    """Of the load-balancing loss; stages of some hundred steps need more than those of 10^5 to spread the tokens."""
     initializer_range: float = 0.02
     previous_token_heads: bool = False
     """Begin with heads in the first layer that look at the two tokens before: a model of two layers learns to copy from
