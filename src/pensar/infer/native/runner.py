@@ -51,7 +51,7 @@ class NativeRunner:
         cache: CacheKind = "float32",
         threads: int | None = None,
     ) -> None:
-        """`threads`: None for as many as torch uses. Raises RunError where the library cannot be built."""
+        """`threads`: None for one. Raises RunError where the library cannot be built."""
         self.model, self.config = model, model.config
         if model.model.embed_tokens.weight.device.type != "cpu":
             raise ConfigError(
@@ -60,7 +60,7 @@ class NativeRunner:
         self.device = torch.device("cpu")
         self.weights, self.cache = weights, cache
         self._library = library()
-        self._team = Team(threads or torch.get_num_threads())
+        self._team = Team(threads or 1)
         self._packed = Weights(model, weights, self._team)
         self._changes = Changes(self._packed)
         self._angles = torch.empty(2, 0, self.config.head_dim // 2)
