@@ -106,14 +106,6 @@ def test_exp_is_exact_to_two_units_in_the_last_place():
     assert found[2].isnan()
 
 
-def test_log_probabilities_are_those_of_float64():
-    logits = torch.randn(9, 1_003, generator=torch.Generator().manual_seed(0)) * 8
-    ids, found, team = torch.arange(9) * 100, torch.empty(9), Team(1)
-    library().pensar_logprobs(logits.data_ptr(), 9, 1_003, ids.data_ptr(), found.data_ptr(), team.handle)
-    expected = logits.double().log_softmax(-1)[torch.arange(9), ids]
-    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("cache", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 200])
 def test_a_text_of_any_length_is_read_from_its_pages(cache, length):

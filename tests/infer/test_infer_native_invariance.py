@@ -1,5 +1,9 @@
 """A row's scores have the same bits alone and in any batch, whole and in chunks, by one thread and by several."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -71,3 +75,23 @@ def test_torchs_linear_layers_do_not_have_this():
     x, weight = torch.randn(64, 512, generator=generator), torch.randn(512, 512, generator=generator)
     together = x @ weight.T
     assert not all(torch.equal(x[row : row + 1] @ weight.T, together[row : row + 1]) for row in range(64))
+
+
+def test_an_engine_with_several_threads_goes_on_and_says_the_same() -> None:
+    """Threads that disagreed for a moment on how many rows go on would wait for each other for ever."""
+    code = (
+        "import numpy as np, torch\n"
+        "from tests.infer.native_work import build\n"
+        "from pensar.infer.engine import Engine, Request, SamplingParams\n"
+        "from pensar.infer.native.runner import NativeRunner\n"
+        "torch.set_num_threads(2)\n"
+        "model, rng = build(), np.random.default_rng(0)\n"
+        "asked = [Request(str(i), rng.integers(0, 90, 5 + 7 * (i % 9)).tolist(), SamplingParams(max_tokens=12))"
+        " for i in range(18)]\n"
+        "def said(threads):\n"
+        "    engine = Engine(NativeRunner(model, threads=threads), slots=4, step_tokens=30)\n"
+        "    return [completion.tokens for completion in engine.run(asked)]\n"
+        "assert [said(2) for _ in range(5)] == 5 * [said(1)]\n"
+    )
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=root)

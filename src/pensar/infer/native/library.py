@@ -53,7 +53,6 @@ _SIGNATURES: Mapping[str, tuple[object, list[object]]] = {
     "pensar_read": (I64, [P, I64]),
     "pensar_exp": (None, [P, I64, P]),
     "pensar_norm": (None, [P, P, I64, I64, ctypes.c_double, P]),
-    "pensar_logprobs": (None, [P, I64, I64, P, P, P]),
 }
 
 

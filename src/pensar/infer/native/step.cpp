@@ -192,7 +192,7 @@ struct Step {
 
     // After the last attention only rows whose logits are asked for go on, moved to the front.
     void only_wanted() {
-        if (b.wanted == n) return;
+        if (b.wanted == b.tokens) return;  // not by `n`, which another thread may have changed already
         const int64_t d = m.hidden;
         // Each thread would move the same rows: one does, the others wait.
         team.each(1, [&](int64_t) {
@@ -408,23 +408,5 @@ void pensar_exp(const float* x, int64_t num, float* y) {
 
 void pensar_norm(const float* x, const float* weight, int64_t rows, int64_t num, double eps, float* y) {
     for (int64_t i = 0; i < rows; i++) rms_norm(x + i * num, weight, num, (float)eps, y + i * num);
-}
-
-// Log-probability of one token of each row: lanes' maxima and sums first, then theirs, in one order.
-void pensar_logprobs(const float* logits, int64_t num, int64_t vocab, const int64_t* ids, float* out, Team* team) {
-    team->run([&] {
-        team->each(num, [&](int64_t i) {
-            const float* x = logits + i * vocab;
-            float top = -INFINITY, rest = 0;
-            Vf tops = splat(top), totals = Vf{};
-            int64_t v = 0;
-            for (; v + L <= vocab; v += L) tops = max(load<Vf>(x + v), tops);
-            top = max(tops);
-            for (; v < vocab; v++) top = std::fmax(top, x[v]);
-            for (v = 0; v + L <= vocab; v += L) totals += exp(load<Vf>(x + v) - top);
-            for (; v < vocab; v++) rest += exp(splat(x[v] - top))[0];
-            out[i] = x[ids[i]] - top - std::log(sum(totals) + rest);
-        });
-    });
 }
 }
