@@ -32,7 +32,6 @@ class Commit:
     ) -> None:
         self._rows, self._scheduler, self._thinking, self._retire = rows, scheduler, thinking, retire
         self._rules: tuple[Ints, Rules] | None = None
-        self.num_drafted = self.num_accepted = 0
         self._ended: dict[int, tuple[FinishReason, str | None, bool]] = {}
         self._version = 0
 
@@ -87,7 +86,7 @@ class Commit:
             known = logits_SV[: len(targets)]
             ids = torch.from_numpy(targets.copy()).to(known.device)
             self._rows.logprobs[row, start + 1 : start + 1 + len(targets)] = (
-                logprobs(known, ids, None).cpu().numpy()
+                logprobs(known, ids).cpu().numpy()
             )
             tops = self._rows.tops[row]
             skipped = max(0, int(state["prompt"][row]) - start - 1)
@@ -113,25 +112,20 @@ class Commit:
         uniform = torch.from_numpy(uniforms(state["seed"][rows_M], index_M)).to(raw_MV.device)
         draw = sample(allowed_MV, self._rules_of(rows_M, raw_MV.device), uniform)
         ids_M, sound_M = draw.ids.cpu().numpy(), draw.sound.cpu().numpy()
-        total_M = None  # the draw's own sum would depend on the rows beside it
         going = np.arange(len(rows_A))
         for turn in range(most + 1):
             rows, at = rows_A[going], offset_A[going] + turn
             guesses = self._rows.tokens[rows, np.minimum(state["total"][rows], state["limit"][rows] - 1)]
             ids, sound = ids_M[at], sound_M[at]
             self._fail(rows[~sound], at[~sound], raw_MV)
-            on = self._settle(rows, ids, sound, at, raw_MV, total_M)
+            on = self._settle(rows, ids, sound, at, raw_MV)
             kept = on & (drafts_A[going] > turn) & (guesses == ids)
             state["computed"][rows[kept]] += 1
             going = going[kept]
             if not len(going):
                 break
-            self.num_accepted += len(going)
-        self.num_drafted += int(drafts_A.sum())
 
-    def _settle(
-        self, rows: Ints, ids: Ints, sound: Bools, at: Ints, raw_MV: Tensor, log_total_M: Tensor | None
-    ) -> Bools:
+    def _settle(self, rows: Ints, ids: Ints, sound: Bools, at: Ints, raw_MV: Tensor) -> Bools:
         """Adds a drawn token to each row, or the stop sentence in its place; returns which rows may take another."""
         state = self._rows.state
         forced = np.zeros(len(ids), np.bool_)
@@ -139,11 +133,11 @@ class Commit:
             forced = self._thinking.spent(state, rows, ids) & sound
         if forced.any():
             assert self._thinking is not None
-            self._note(rows, np.where(forced, self._thinking.stop_sentence[0], ids), at, raw_MV, log_total_M)
+            self._note(rows, np.where(forced, self._thinking.stop_sentence[0], ids), at, raw_MV)
             for row in rows[forced].tolist():
                 self._force(row, self._thinking)
         else:
-            self._note(rows, ids, at, raw_MV, log_total_M)
+            self._note(rows, ids, at, raw_MV)
         usual = sound & ~forced
         if not usual.all():
             rows, ids = rows[usual], ids[usual]
@@ -163,15 +157,13 @@ class Commit:
         on[usual] = ~stopped & ~full
         return on
 
-    def _note(self, rows: Ints, ids: Ints, at: Ints, raw_MV: Tensor, log_total_M: Tensor | None) -> None:
+    def _note(self, rows: Ints, ids: Ints, at: Ints, raw_MV: Tensor) -> None:
         """Log-probabilities of the tokens that come next, where any row asks for them."""
         state = self._rows.state
         if not state["logprobs"][rows].any():
             return
-        chosen = torch.from_numpy(at).to(raw_MV.device)
-        logits = raw_MV if len(at) == len(raw_MV) else raw_MV[chosen]
-        log_total = log_total_M if log_total_M is None or len(at) == len(raw_MV) else log_total_M[chosen]
-        values = logprobs(logits, torch.from_numpy(ids).to(raw_MV.device), log_total).cpu().numpy()
+        logits = raw_MV if len(at) == len(raw_MV) else raw_MV[torch.from_numpy(at).to(raw_MV.device)]
+        values = logprobs(logits, torch.from_numpy(ids).to(raw_MV.device)).cpu().numpy()
         self._rows.logprobs[rows, state["total"][rows]] = values
         for index, row in enumerate(rows.tolist()):
             tops = self._rows.tops[row]

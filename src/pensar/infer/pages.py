@@ -16,8 +16,6 @@ import numpy.typing as npt
 from pensar.infer.request import Ints
 from pensar.infer.step import PAGE
 
-NO_KEY = b""
-
 
 class PagePool:
     """`num_pages` pages of PAGE tokens; page 0 is nobody's.

@@ -73,8 +73,6 @@ class Draw:
 
     ids: Tensor
     sound: Tensor
-    log_total: Tensor | None
-    """log sum exp of the logits [N], where it was a by-product."""
 
 
 def rules_of(rows: Rows, device: torch.device) -> Rules:
@@ -110,7 +108,7 @@ def sample(logits_NV: Tensor, rules: Rules, uniform_N: Tensor) -> Draw:
     logits_NV = logits_NV.float()
     if rules.all_greedy:
         top_N, ids = _largest(logits_NV)
-        return Draw(ids, top_N.isfinite(), None)
+        return Draw(ids, top_N.isfinite())
     top_N1 = logits_NV.amax(-1, keepdim=True)
     total_N: Tensor | None = None
     if rules.needs_total:
@@ -124,17 +122,13 @@ def sample(logits_NV: Tensor, rules: Rules, uniform_N: Tensor) -> Draw:
         ids[rules.filtered] = _draw_filtered(logits_NV, top_N1, total_N, rules, uniform_N)
     if rules.greedy is not None:
         ids = torch.where(rules.greedy, _largest(logits_NV)[1], ids)
-    top_N = top_N1[:, 0]
-    known = total_N is not None and rules.temperature_N1 is None
-    return Draw(ids, top_N.isfinite(), top_N + total_N.log() if known and total_N is not None else None)
+    return Draw(ids, top_N1[:, 0].isfinite())
 
 
-def logprobs(logits_NV: Tensor, ids_N: Tensor, log_total_N: Tensor | None) -> Tensor:
+def logprobs(logits_NV: Tensor, ids_N: Tensor) -> Tensor:
     """Log-probabilities [N] of `ids_N` under softmax of the logits: temperature 1, unfiltered."""
     logits_NV = logits_NV.float()
-    if log_total_N is None:
-        log_total_N = _log_total(logits_NV)
-    return logits_NV.gather(-1, ids_N[:, None])[:, 0] - log_total_N
+    return logits_NV.gather(-1, ids_N[:, None])[:, 0] - _log_total(logits_NV)
 
 
 def _log_total(logits_NV: Tensor) -> Tensor:
@@ -142,13 +136,11 @@ def _log_total(logits_NV: Tensor) -> Tensor:
     return logits_NV.amax(-1) - logits_NV.softmax(-1).amax(-1).log()
 
 
-def top_logprobs(logits_NV: Tensor, k: int, log_total_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def top_logprobs(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Ids [N, k] and log-probabilities [N, k] of each row's likeliest tokens, the likeliest first, equal ones by id."""
     logits_NV = logits_NV.float()
-    if log_total_N is None:
-        log_total_N = _log_total(logits_NV)
     values_Nk, ids_Nk = _leading(logits_NV, k + MARGIN)
-    return ids_Nk[:, :k], values_Nk[:, :k] - log_total_N[:, None]
+    return ids_Nk[:, :k], values_Nk[:, :k] - _log_total(logits_NV)[:, None]
 
 
 def uniforms(seeds: npt.NDArray[np.uint64], indices: Ints) -> npt.NDArray[np.float32]:

@@ -50,7 +50,7 @@ def _score_batch(model: Qwen3, tokens_BT: Tensor, real_BT: Tensor) -> Tensor:
     parts: list[Tensor] = []
     for start in range(0, len(targets_N), rows):
         logits = model.logits(hidden_ND[start : start + rows])
-        parts.append(logprobs(logits, targets_N[start : start + rows], None))
+        parts.append(logprobs(logits, targets_N[start : start + rows]))
     scores_BT = torch.zeros(tokens_BT.shape, device=tokens_BT.device)
     if parts:
         scores_BT[real_BT] = torch.cat(parts)
