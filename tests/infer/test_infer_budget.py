@@ -161,3 +161,17 @@ def test_an_end_of_turn_inside_the_thinking_is_no_reasoning_and_is_replaced_once
 def test_a_budget_without_a_tokenizer_is_an_error_of_that_request(model):
     [failed] = Engine(model).run([Request("a", [1], SamplingParams(max_tokens=2, thinking_budget=3))])
     assert "thinking_budget 3" in failed.error
+
+
+def test_every_piece_says_what_is_left_of_the_budget_the_last_one_too(model, tokenizer):
+    engine = Engine(model, tokenizer)
+    params = SamplingParams(max_tokens=40, thinking_budget=6)
+    engine.submit(Request("a", open_prompt(tokenizer), params))
+    engine.submit(Request("b", open_prompt(tokenizer), SamplingParams(max_tokens=9)))
+    left = {"a": [], "b": []}
+    while engine.num_running or engine.num_waiting:
+        for piece in engine.step():
+            left[piece.id].append(piece.reasoning_left)
+    assert left["a"][:6] == [5, 4, 3, 2, 1, 0]
+    assert set(left["a"][6:]) == {0}
+    assert set(left["b"]) == {None}

@@ -15,11 +15,12 @@ from pensar.base.errors import ConfigError, ModelError
 from pensar.base.ranks import World
 from pensar.infer.adapters import checked_name, read_adapter
 from pensar.infer.adaptive import AdaptiveBudget
-from pensar.infer.budget import ANSWER, NO_BUDGET, THINKING, Thinking
+from pensar.infer.budget import ANSWER, NO_BUDGET, Thinking
 from pensar.infer.commit import Commit
 from pensar.infer.constraint import Constraints
 from pensar.infer.pages import PagePool
 from pensar.infer.queue import Entry
+from pensar.infer.report import new_pieces
 from pensar.infer.request import (
     Completion,
     FinishReason,
@@ -147,14 +148,7 @@ class Engine:
             for name, (completion, reported) in self._finished.items()
         ]
         self._finished.clear()
-        state = self.rows.state[: self.rows.num]
-        known = np.where(state["logprobs"], np.minimum(state["computed"] + 1, state["total"]), state["total"])
-        for row, matcher in enumerate(self.rows.stops):
-            if matcher is not None:
-                known[row] = min(int(known[row]), self.rows.safe(row))
-        for row in np.flatnonzero(known > state["reported"]).tolist():
-            pieces.append(self._report(row, int(known[row])))
-        return pieces
+        return pieces + new_pieces(self.rows)
 
     def abort(self, name: str) -> Completion | None:
         """Takes out a request and returns what it has so far; None where no such request is unfinished."""
@@ -330,17 +324,6 @@ class Engine:
         self._finished[name] = (completion, reported)
         self._live.discard(name)
         self.scheduler.release(row, broken=broken)
-
-    def _report(self, row: int, known: int) -> Piece:
-        state = self.rows.state
-        prompt, reported = int(state["prompt"][row]), int(state["reported"][row])
-        whole = self.rows.completion(row, "length", start=reported, stop=known)
-        state["reported"][row] = known
-        left = None
-        if state["budget"][row] != NO_BUDGET:
-            thinks = state["phase"][row] <= THINKING
-            left = max(0, int(state["budget"][row] - state["reasoning"][row])) if thinks else 0
-        return piece_of(self.rows.requests[row].id, whole, 0, None, left, first=reported == prompt)
 
     def _stops_of(self, request: Request, prompt: Ints) -> StopMatcher | None:
         if not request.params.stop:

@@ -139,6 +139,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     forced: list[bool]
     finish_reason: FinishReason
     num_reasoning_tokens: int = 0
+    reasoning_left: int | None = None
     num_cached_tokens: int = 0
     version: int = 0
     """Of the weights that the last token was drawn from."""
@@ -153,7 +154,6 @@ def piece_of(
     completion: Completion,
     start: int,
     reason: FinishReason | None,
-    left: int | None = None,
     *,
     first: bool | None = None,
 ) -> Piece:
@@ -166,7 +166,7 @@ def piece_of(
         forced=completion.forced[start:],
         finish_reason=reason,
         reasoning_tokens=completion.num_reasoning_tokens,
-        reasoning_left=left,
+        reasoning_left=completion.reasoning_left,
         cached_tokens=completion.num_cached_tokens,
         version=completion.version,
         top_logprobs=completion.top_logprobs[start:] or None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pensar.infer.budget import ANSWER, NO_BUDGET, Bools, Index, Thinking
+from pensar.infer.budget import ANSWER, NO_BUDGET, THINKING, Bools, Index, Thinking
 from pensar.infer.queue import Entry, Resumed
 from pensar.infer.request import Completion, FinishReason, Ints, Request, TopLogprobs
 from pensar.infer.step import PAGE
@@ -165,6 +165,7 @@ class RunningRows:
             forced=self.forced[row, start:stop].tolist(),
             finish_reason=reason,
             num_reasoning_tokens=int(state["reasoning"]),
+            reasoning_left=self.thinking_left(np.asarray([row]))[0],
             num_cached_tokens=int(state["cached"]),
             version=int(self.versions[row, stop - 1]) if stop > prompt else 0,
             top_logprobs=[] if tops is None else tops[start - prompt : stop - prompt],
@@ -172,6 +173,14 @@ class RunningRows:
             stopped_at=self._stopped_at(row),
             error=error,
         )
+
+    def thinking_left(self, rows: Ints) -> list[int | None]:
+        """What is left of each row's thinking budget; None without one."""
+        budget, reasoning = self.state["budget"][rows], self.state["reasoning"][rows]
+        left = np.where(self.state["phase"][rows] <= THINKING, np.maximum(budget - reasoning, 0), 0)
+        return [
+            None if free else value for free, value in zip(budget == NO_BUDGET, left.tolist(), strict=True)
+        ]
 
     def _stopped_at(self, row: int) -> int | None:
         matcher = self.stops[row]

@@ -70,6 +70,13 @@ def aligned(num_bytes: int) -> Tensor:
     return torch.empty(max(num_bytes, 64), dtype=torch.uint8)
 
 
+def zeros(num_bytes: int) -> Tensor:
+    """Zero bytes that begin at a cache line and take memory only where they are written to."""
+    room = np.zeros(num_bytes + 64, np.uint8)
+    first = -room.ctypes.data % 64
+    return torch.from_numpy(room[first : first + num_bytes])
+
+
 def in_order(outputs: int) -> Order:
     """Columns as the rows of the weights come."""
     columns = library().pensar_columns()

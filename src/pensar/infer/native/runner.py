@@ -18,7 +18,7 @@ from pensar.base.errors import ConfigError, ModelError
 from pensar.infer.adapters import Adapter
 from pensar.infer.native.changes import Changes
 from pensar.infer.native.library import describe, library
-from pensar.infer.native.pack import Team, Weights, aligned
+from pensar.infer.native.pack import Team, Weights, zeros
 from pensar.infer.native.structs import Batch, Layer, Model
 from pensar.infer.request import Ints
 from pensar.infer.step import StepBatch, StepOutput, rows_of
@@ -80,11 +80,10 @@ class NativeRunner:
         old = self._store
         if num_pages <= old.shape[1]:
             return
-        self._store = aligned(self.config.num_layers * num_pages * self._page_bytes).view(
+        self._store = zeros(self.config.num_layers * num_pages * self._page_bytes).view(
             self.config.num_layers, num_pages, self._page_bytes
         )
         self._store[:, : old.shape[1]] = old
-        self._store[:, old.shape[1] :] = 0
         self._struct.store, self._struct.pages = self._store.data_ptr(), num_pages
 
     def run(self, batch: StepBatch) -> StepOutput:
