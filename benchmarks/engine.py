@@ -19,8 +19,10 @@ from typing import Any
 import torch
 
 from benchmarks.engine_costs import memory, overhead, startup, sync
+from benchmarks.engine_mismatch import mismatch
 from benchmarks.engine_rollouts import rollouts
 from benchmarks.engine_speeds import speeds
+from benchmarks.engine_spill import spill
 
 Line = dict[str, Any]
 METRICS: Mapping[str, Callable[[bool], Iterator[Line]]] = {
@@ -29,6 +31,8 @@ METRICS: Mapping[str, Callable[[bool], Iterator[Line]]] = {
     "startup": startup,
     "memory": memory,
     "sync": sync,
+    "spill": spill,
+    "mismatch": mismatch,
 }
 
 

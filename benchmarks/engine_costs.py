@@ -195,19 +195,7 @@ def memory_use(folder: str, kind: str) -> tuple[int, int]:
     # Every slot filled with its own text, so that every page of the cache is written to.
     prompts = prompts_of(0, BATCH, CONFIG, length=1_016)
     engine.run([Request(str(number), prompt, params) for number, prompt in enumerate(prompts)])
-    return usage_now().peak_memory_bytes - before, planned_bytes(engine, model)
-
-
-def planned_bytes(engine: Engine, model: Qwen3) -> int:
-    """Weights, the pages of the cache, and what a step of prompts holds at once where it is largest: in the MLP."""
-    config = engine.runner.config
-    # Kernels of our own have the weights packed beside the module's.
-    packed: Any = getattr(engine.runner, "weight_bytes", int)
-    weights = sum(parameter.nbytes for parameter in model.parameters()) + int(packed())
-    cache = engine.pool.num_pages * engine.runner.page_bytes()
-    # The stream, its normalised copy, gate, up, silu of the gate, and their product.
-    activations = engine.scheduler.step_tokens * (2 * config.hidden_size + 4 * config.intermediate_size) * 4
-    return weights + cache + activations
+    return usage_now().peak_memory_bytes - before, engine.footprint.total
 
 
 # ---------------------------------------------------------------- new weights

@@ -52,7 +52,7 @@ ROWS = (
     Row("decode_batch_1_vs_transformers", "int8", ("transformers",), "decode_1", 4.0),
     Row("decode_batch_1_vs_llama_cpp_q8", "int8", ("llama.cpp q8_0",), "decode_1", 1.0),
     Row("decode_batch_1_vs_llama_cpp_q4", "int4", ("llama.cpp q4_0",), "decode_1", 1.0),
-    Row("decode_batch_1_vs_llama_cpp_f16", "float32", ("llama.cpp f16",), "decode_1", None),
+    Row("decode_batch_1_vs_llama_cpp_f16", "bfloat16", ("llama.cpp f16",), "decode_1", 1.0),
     Row("decode_batch_1_vs_openvino_q8", "int8", ("openvino q8_0",), "decode_1", None),
     Row("decode_batch_1_vs_openvino_q4", "int4", ("openvino q4_0",), "decode_1", None),
     Row("decode_batch_1_float32_vs_transformers", "float32", ("transformers",), "decode_1", None),
@@ -88,6 +88,8 @@ def speeds(quick: bool, openvino: str) -> Iterator[Line]:
         peers |= {f"llama.cpp {kind}": llama_cpp_peer(path, kind) for kind, path in files.items()}
         peers |= {f"openvino {kind}": openvino_peer(path, kind, openvino) for kind, path in files.items()}
         kinds = engine_ours.kinds()
+        if len(kinds) > 1:
+            kinds += ("bfloat16",)
         starts: dict[str, Callable[[], Contender]] = {
             kind: partial(our_contender, source, kind) for kind in kinds
         }

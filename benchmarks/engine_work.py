@@ -46,7 +46,7 @@ CONFIG = ModelConfig(
 PROMPT, DECODED = 128, 31
 BATCHES = (1, 16)
 GGUF_KINDS = ("f16", "q8_0", "q4_0")
-BYTES = {"torch float32": 4.0, "float32": 4.0, "int8": 1.0, "int4": 0.5}
+BYTES = {"torch float32": 4.0, "float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
 """Of a weight, its share of scales left out."""
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
@@ -192,7 +192,7 @@ def operations_per_second(kind: str, size: int = 1_024) -> float:
     """Floating-point or integer operations, a multiply-add counted as two: the better of torch's square products and,
     where our kernels can be built, products that never leave the registers."""
     native = peak(kind.removeprefix("torch ")) if available() else 0.0
-    if kind.endswith("float32"):
+    if kind.endswith(("float32", "bfloat16")):  # halves are widened and multiplied as floats
         left, right = torch.randn(size, size), torch.randn(size, size)
         return max(native, 2 * size**3 / _seconds(lambda: torch.mm(left, right)))
     small = torch.randint(-127, 128, (size, size), dtype=torch.int8)

@@ -14,11 +14,10 @@ from benchmarks import (
     engine_ours,
     engine_rollouts,
     engine_speeds,
+    engine_spill,
     engine_transformers,
     engine_work,
 )
-from pensar.infer.engine import Engine
-from pensar.infer.torch_runner import TorchRunner
 from pensar.model.attention import Packed
 from pensar.model.config import ModelConfig
 from pensar.model.gguf import export_gguf
@@ -206,15 +205,15 @@ def test_the_engines_own_share_is_between_nothing_and_all() -> None:
     assert 0 < seconds < 5
 
 
-def test_what_is_planned_is_weights_cache_and_activations(folder: Path) -> None:
-    model = load_model(folder)
-    engine = Engine(TorchRunner(model), slots=2, max_tokens_per_slot=32, step_tokens=64)
-    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
-    cache = engine.pool.num_pages * 16 * 2 * 2 * 2 * 8 * 4
-    assert engine_costs.planned_bytes(engine, model) == weights + cache + 64 * (2 * 32 + 4 * 48) * 4
-
-
 def test_new_weights_are_taken_by_an_engine_at_work() -> None:
     seconds, least = engine_costs._sync_seconds(engine_costs.TINY, engine_ours.TORCH, rounds=2)
     assert 0 < seconds < 5
     assert 0 < least < 5
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_the_spill_is_measured_on_prompts_that_push_each_other_out(place: str) -> None:
+    row = engine_spill.spill_line(SMALL, engine_ours.TORCH, place, rounds=1)
+    # Keys and values of 2 layers, 2 heads of 8 numbers of 4 bytes.
+    assert row["page_kib"] == 2 * 2 * 2 * 8 * 4 * row["page_tokens"] / 2**10
+    assert row["ratio"] == pytest.approx(row["peer"] / row["ours"], rel=1e-3)

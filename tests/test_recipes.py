@@ -12,7 +12,7 @@ from pensar.base.errors import ConfigError
 from pensar.base.stage import Stage
 from pensar.evaluate import suite
 from pensar.model.count import flops_per_token
-from pensar.recipe import GROUPS, LINKS, Recipe, estimates, load, stages
+from pensar.recipe import GROUPS, Recipe, estimates, links, load, stages
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -47,7 +47,7 @@ def test_a_recipe_loads_and_its_stages_make_a_plan(path: Path, tmp_path: Path) -
     for stage in stages(recipe):
         assert set(stage.inputs.values()) <= seen, f"{stage.name} reads what does not exist yet"
         seen.add(stage.name)
-    assert set(LINKS.values()) <= seen
+    assert set(links(recipe).values()) <= seen
     grouped = [name for names in GROUPS.values() for name in names]
     assert len(grouped) == len(set(grouped))
     assert seen <= {*grouped, "evaluate"}
@@ -132,7 +132,7 @@ def test_seeds_of_the_recipe_reach_every_stage_that_trains(path: Path) -> None:
 
 
 def test_the_module_names_what_the_command_line_asks_for() -> None:
-    assert {"load", "stages", "estimates", "GROUPS", "LINKS"} <= set(vars(recipes))
+    assert {"load", "stages", "estimates", "GROUPS", "links"} <= set(vars(recipes))
 
 
 def test_an_estimate_for_accelerators_goes_by_their_table_and_layout() -> None:

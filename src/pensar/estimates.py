@@ -13,6 +13,7 @@ from pensar.posttrain.distill import OffPolicyConfig, OnPolicyConfig
 from pensar.posttrain.draft import DraftHeadConfig
 from pensar.posttrain.fusion import FusionConfig
 from pensar.posttrain.grpo import GrpoConfig
+from pensar.posttrain.thinking_budget import ThinkingBudgetConfig
 from pensar.train.accelerators import GIB, accelerator
 from pensar.train.footprint import Step, memory
 from pensar.train.layout import parse_layout
@@ -31,6 +32,8 @@ REPLY_TOKENS = 60
 LEARNED_SHARE = 0.3
 """Of the replies of reinforcement learning: groups that are all right or all wrong teach nothing. Measured over the
 tiny recipe, where it falls from about a half to a fifth."""
+ANSWERED_AT_ONCE = 128
+"""Replies that run at once where thinking budgets are learned."""
 BYTES_A_PARAMETER = 20
 """Weights, gradients, two moments and the flat buffer of the gradients' sum, in float32."""
 
@@ -111,6 +114,10 @@ def estimate(stages: Sequence[Stage], vocab_size: int, machine: Machine) -> dict
             found[stage.name] = _training(model, learning, REPLY_TOKENS, batch, drawn, machine)
         elif model is not None and isinstance(config, DraftHeadConfig):
             found[stage.name] = _draft_head(model, config, machine)
+        elif model is not None and isinstance(config, ThinkingBudgetConfig):
+            replies = config.num_queries * config.samples + config.held_out * (1 + 2 * len(config.shares))
+            batch = ANSWERED_AT_ONCE * REPLY_TOKENS
+            found[stage.name] = _training(model, 0, REPLY_TOKENS, batch, replies * REPLY_TOKENS, machine)
         if model is not None:
             models[stage.name] = model
     return found

@@ -36,18 +36,17 @@ from pensar.data.sources import Source, SourcesConfig
 from pensar.data.vocabulary import VocabularyConfig
 from pensar.estimates import Machine, StageCost, estimate
 from pensar.evaluate import suite
-from pensar.posttrain import coldstart, distill, draft, fusion, grpo
+from pensar.posttrain import coldstart, distill, draft, fusion, grpo, thinking_budget
 from pensar.posttrain.coldstart import ColdStartConfig
 from pensar.posttrain.distill import OffPolicyConfig, OnPolicyConfig
 from pensar.posttrain.draft import DraftHeadConfig
 from pensar.posttrain.fusion import FusionConfig
 from pensar.posttrain.grpo import GrpoConfig
+from pensar.posttrain.thinking_budget import ThinkingBudgetConfig
 from pensar.tasks import problems
 from pensar.train import pretrain, scaling
 from pensar.train.scaling import ScalingConfig
 
-LINKS = {"model": "general-rl"}
-"""Names in the run's folder -> the stage whose artifact they show."""
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": (
         "demo", "sources", "extract", "language", "filter", "dedup", "tasks", "decontaminate", "annotate", "mixture",
@@ -55,7 +54,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "tokenizer": ("tokenizer", "shards"),
     "train": (
         "scaling", "pretrain-general", "pretrain-reasoning", "pretrain-long", "cold-start", "reasoning-rl", "fusion",
-        "general-rl", "draft-head", "student-pretrain", "student", "student-rl", "student-distilled",
+        "general-rl", "thinking-budget", "draft-head", "student-pretrain", "student", "student-rl",
+        "student-distilled",
     ),
 }  # fmt: skip
 """The stages that `pensar data`, `pensar tokenizer` and `pensar train` run alone."""
@@ -139,6 +139,8 @@ class Recipe(Config, frozen=True, kw_only=True):
     reasoning_rl: GrpoConfig = GrpoConfig()
     fusion: FusionConfig = FusionConfig()
     general_rl: GrpoConfig = GrpoConfig(queries="general", thinking=None)
+    thinking_budget: ThinkingBudgetConfig | None = None
+    """Budgets that the general model tells from questions; without it there is no such stage."""
     draft_head: DraftHeadConfig | None = None
     """A head for speculative decoding of the general model; without it there is no such stage."""
     evaluate: suite.EvaluateConfig = suite.EvaluateConfig()
@@ -147,6 +149,11 @@ class Recipe(Config, frozen=True, kw_only=True):
 def load(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
     """Reads a recipe file; raises ConfigError with the exact place of what is wrong."""
     return load_config(path, Recipe, overrides)
+
+
+def links(recipe: Recipe) -> dict[str, str]:
+    """Names in the run's folder -> the stage whose artifact they show."""
+    return {"model": "thinking-budget" if recipe.thinking_budget else "general-rl"}
 
 
 def stages(recipe: Recipe) -> list[Stage]:
@@ -198,6 +205,7 @@ def _data_stages(recipe: Recipe) -> list[Stage]:
 def _training_stages(recipe: Recipe) -> list[Stage]:
     corpus = {"shards": "shards", "tokenizer": "tokenizer"}
     plan, sweep, head = recipe.pretraining, recipe.scaling, recipe.draft_head
+    budget = recipe.thinking_budget
     first = corpus | _predicting(plan.general, recipe)
     return [
         *([Stage("scaling", scaling.run, _seeded(sweep, recipe), corpus)] if sweep else []),
@@ -219,9 +227,14 @@ def _training_stages(recipe: Recipe) -> list[Stage]:
         Stage(
             "cold-start", coldstart.run, _seeded(recipe.cold_start, recipe), _on("pretrain-long"), revision=5
         ),
-        Stage("reasoning-rl", grpo.run, _seeded(recipe.reasoning_rl, recipe), _on("cold-start")),
+        Stage("reasoning-rl", grpo.run, _seeded(recipe.reasoning_rl, recipe), _on("cold-start"), revision=2),
         Stage("fusion", fusion.run, _seeded(recipe.fusion, recipe), _on("reasoning-rl"), revision=4),
-        Stage("general-rl", grpo.run, _seeded(recipe.general_rl, recipe), _on("fusion")),
+        Stage("general-rl", grpo.run, _seeded(recipe.general_rl, recipe), _on("fusion"), revision=2),
+        *(
+            [Stage("thinking-budget", thinking_budget.run, _seeded(budget, recipe), _on("general-rl"))]
+            if budget
+            else []
+        ),
         *([Stage("draft-head", draft.run, _seeded(head, recipe), _on("general-rl"))] if head else []),
     ]
 
@@ -239,7 +252,7 @@ def _student_stages(recipe: Recipe) -> list[Stage]:
             _seeded(student.off_policy, recipe),
             _on("student-pretrain") | taught,
         ),
-        Stage("student-rl", grpo.run, _seeded(student.reinforcement, recipe), _on("student")),
+        Stage("student-rl", grpo.run, _seeded(student.reinforcement, recipe), _on("student"), revision=2),
         Stage(
             "student-distilled",
             distill.on_policy,

@@ -53,7 +53,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "shards": StageCost(seconds=5.0),
         },
         "GROUPS": {"data": ["demo", "source", "shards"], "tokenizer": ["other"], "train": ["train"]},
-        "LINKS": {"model": "train"},
+        "links": lambda _: {"model": "train"},
     }
     for name, value in given.items():
         setattr(module, name, value)

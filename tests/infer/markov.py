@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pensar.infer.adapters import Adapter
 from pensar.infer.request import Ints
+from pensar.infer.sampling import weigh
 from pensar.infer.step import PAGE, StepBatch, StepOutput
 from pensar.model.config import ModelConfig
 from pensar.model.qwen3 import Qwen3
@@ -15,6 +16,8 @@ from pensar.model.qwen3 import Qwen3
 
 class MarkovRunner:
     """Keeps tokens in its pages, as a model keeps keys, and reads the last two of a text from there."""
+
+    weigh = staticmethod(weigh)
 
     def __init__(self, vocabulary: int, *, seed: int = 0, sharpness: float = 2.0, noise: float = 0.0) -> None:
         shape = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8}
@@ -60,6 +63,12 @@ class MarkovRunner:
 
     def set_adapter(self, number: int, adapter: Adapter | None) -> None:
         raise NotImplementedError
+
+    def weight_bytes(self) -> int:
+        return int(self.table.nbytes)
+
+    def step_bytes(self, tokens: int, texts: int) -> int:
+        return 8 * tokens
 
     def page_bytes(self) -> int:
         return PAGE * 8

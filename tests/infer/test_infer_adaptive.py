@@ -15,6 +15,11 @@ from pensar.text.tokenizer import THINK
 WIDTH = 12
 
 
+def learned(states: torch.Tensor, lengths: list[int]) -> AdaptiveBudget:
+    """From one reply to each question."""
+    return AdaptiveBudget.fit(states, [[length] for length in lengths])
+
+
 def questions(count: int, seed: int, noise: float = 0.3) -> tuple[torch.Tensor, list[int]]:
     """States whose first two values say how long the thinking takes, in a fixed frame of their own."""
     rng = np.random.default_rng(seed)
@@ -26,14 +31,14 @@ def questions(count: int, seed: int, noise: float = 0.3) -> tuple[torch.Tensor, 
 
 @pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
 def test_budgets_suffice_for_the_share_of_new_questions_that_was_asked_for(share: float) -> None:
-    budgets = AdaptiveBudget.fit(*questions(300, 1))
+    budgets = learned(*questions(300, 1))
     states, lengths = questions(2_000, 2)
     given = np.asarray([budgets.budget(state, share) for state in states])
     assert np.mean(np.asarray(lengths) <= given) == pytest.approx(share, abs=0.04)
 
 
 def test_the_same_share_is_promised_with_fewer_tokens_than_one_budget_for_all() -> None:
-    budgets = AdaptiveBudget.fit(*questions(300, 1))
+    budgets = learned(*questions(300, 1))
     states, lengths = questions(2_000, 2)
     given = np.asarray([budgets.budget(state, 0.9) for state in states])
     assert given.mean() < 0.75 * np.quantile(lengths, 0.9)
@@ -42,7 +47,7 @@ def test_the_same_share_is_promised_with_fewer_tokens_than_one_budget_for_all() 
 
 def test_the_left_out_errors_are_those_of_really_leaving_out() -> None:
     states, lengths = questions(40, 3)
-    whole = AdaptiveBudget.fit(states, lengths)
+    whole = learned(states, lengths)
     errors = []
     for i in range(40):
         kept = [j for j in range(40) if j != i]
@@ -60,9 +65,35 @@ def test_the_left_out_errors_are_those_of_really_leaving_out() -> None:
     np.testing.assert_allclose(np.sort(errors), whole.errors_n.numpy(), atol=0.02)
 
 
+def several(count: int, seed: int, replies: int, noise: float) -> tuple[torch.Tensor, list[list[int]]]:
+    """Questions with some replies each, as long as the question asks times a factor of its own."""
+    states, centres = questions(count, seed, noise=0.0)
+    rng = np.random.default_rng(seed + 1_000)
+    return states, [
+        np.round(centre * np.exp(noise * rng.normal(size=replies))).astype(int).tolist() for centre in centres
+    ]
+
+
+def test_several_replies_tell_more_of_a_question_and_the_promise_is_for_one_more() -> None:
+    new, lengths = several(2_000, 2, 1, noise=0.8)
+    spent, errors = {}, {}
+    for replies in (1, 8):
+        sufficed, tokens, off = [], [], []
+        for seed in range(10, 20):
+            budgets = AdaptiveBudget.fit(*several(60, seed, replies, noise=0.8))
+            given = np.asarray([budgets.budget(state, 0.8) for state in new])
+            sufficed.append(np.mean(np.asarray(lengths)[:, 0] <= given))
+            tokens.append(given.mean())
+            off.append(np.corrcoef(np.log(given), np.log(questions(2_000, 2, noise=0.0)[1]))[0, 1])
+        assert np.mean(sufficed) == pytest.approx(0.8, abs=0.04)
+        spent[replies], errors[replies] = np.mean(tokens), 1 - np.mean(off)
+    assert errors[8] < 0.5 * errors[1]
+    assert spent[8] < spent[1]
+
+
 def test_it_is_kept_in_the_models_folder(tmp_path: Path) -> None:
     assert AdaptiveBudget.load(tmp_path, WIDTH) is None
-    budgets = AdaptiveBudget.fit(*questions(50, 1))
+    budgets = learned(*questions(50, 1))
     budgets.save(tmp_path)
     again = AdaptiveBudget.load(tmp_path, WIDTH)
     assert again is not None
@@ -73,7 +104,7 @@ def test_it_is_kept_in_the_models_folder(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match="3 answered questions to learn thinking budgets from; give at least 16"
     ):
-        AdaptiveBudget.fit(torch.zeros(3, 2), [1, 2, 3])
+        learned(torch.zeros(3, 2), [1, 2, 3])
 
 
 def test_the_engine_sets_each_budget_from_its_prompts_state(make_model: Any, tokenizer: Any) -> None:

@@ -8,10 +8,12 @@ import torch
 
 from pensar.base.errors import ModelError
 from pensar.infer.adapters import read_adapter
-from pensar.infer.native import twins
+from pensar.infer.native import threads, twins
 from pensar.infer.native.library import library
 from pensar.infer.native.pack import Matrix, Team, gate_and_up, in_order
 from pensar.infer.native.runner import NativeRunner
+from pensar.infer.rows import FIELDS
+from pensar.infer.sampling import rules_of, sample
 from pensar.infer.torch_runner import TorchRunner
 from pensar.model.adapter import save_adapter
 from pensar.model.lora import LoraConfig, adapt, adapted_weights
@@ -104,6 +106,47 @@ def test_exp_is_exact_to_two_units_in_the_last_place():
     library().pensar_exp(special.data_ptr(), 3, found.data_ptr())
     assert found[:2].tolist() == [0, 0]
     assert found[2].isnan()
+
+
+@pytest.mark.parametrize("vocabulary", [1, 15, 300, 2_048, 5_003])
+@pytest.mark.parametrize("temperature", [None, 0.25, 2.0])
+def test_draws_are_those_of_the_inverse_distribution_in_float64(vocabulary, temperature):
+    generator = torch.Generator().manual_seed(vocabulary)
+    scores = 4 * torch.randn(200, vocabulary, generator=generator)
+    scores[:, 1::3] = -torch.inf  # banned
+    uniform = torch.rand(200, generator=generator)
+    degrees = None if temperature is None else torch.full((200, 1), temperature)
+    ids, top, total = NativeRunner(build()).weigh(scores, degrees, uniform)
+    weights = np.exp((scores.double().numpy() - scores.double().amax(1, keepdim=True).numpy()) / (temperature or 1))
+    sums = weights.cumsum(1)
+    wanted = uniform.double().numpy() * sums[:, -1]
+    assert torch.equal(top, scores.amax(1))
+    np.testing.assert_allclose(total, sums[:, -1], rtol=2e-6)
+    rows = np.arange(200)
+    assert (weights[rows, ids] > 0).all()
+    # The running sum passes what is wanted at the drawn token, up to rounding.
+    assert (sums[rows, ids] >= wanted * (1 - 3e-6)).all()
+    assert (sums[rows, ids] - weights[rows, ids] <= wanted * (1 + 3e-6)).all()
+
+
+def test_a_draw_is_a_rows_own_at_any_number_of_threads_and_the_least_and_greatest_numbers_find_a_token():
+    scores = 4 * torch.randn(64, 700, generator=torch.Generator().manual_seed(1))
+    scores[:, 0] = scores[:, -1] = -torch.inf
+    uniform = torch.cat((torch.zeros(1), torch.full((1,), 1 - 2.0**-23), torch.rand(62)))
+    together = NativeRunner(build(), threads=3).weigh(scores, None, uniform)
+    alone = NativeRunner(build())
+    for row in range(64):
+        apart = alone.weigh(scores[row : row + 1], None, uniform[row : row + 1])
+        assert all(torch.equal(a[0], b[row]) for a, b in zip(apart, together, strict=True))
+    assert together[0].tolist()[:2] == [1, 698]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_with_nan_or_infinity_has_no_sound_draw_and_the_others_have_theirs(value):
+    scores = torch.randn(3, 40, generator=torch.Generator().manual_seed(2))
+    scores[1, 17] = value
+    found = sample(scores, rules_of(_sampled(3), scores.device), torch.rand(3), NativeRunner(build()).weigh)
+    assert found.sound.tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("cache", ["float32", "bfloat16", "int8"])
@@ -260,6 +303,41 @@ def test_a_batch_that_points_outside_is_refused_before_memory_is_touched(change,
         runner.run(replace(batch_of([([3, 4], 0, [1])]), **change))
 
 
+def test_the_number_of_threads_is_what_was_fastest_and_changes_no_bit(monkeypatch):
+    runner, tokens = NativeRunner(build(**MIXTURE)), text(40)
+    before = logits_of(runner, tokens)
+    tried = []
+
+    def spent(_, number, *, pin):
+        tried.append(number)
+        return {1: 8.0, 2: 4.0, 4: 3.9}[number]
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    with monkeypatch.context() as patch:
+        patch.setattr(threads, "seconds", lambda runner, number, pin=False: spent(runner, number, pin=pin))
+        assert threads.take_fastest(runner) == 2  # four are hardly faster, eight are not tried
+        assert tried == [1, 2, 4]
+        assert threads.take_fastest(runner, most=1) == 1
+    runner.use_threads(3)
+    assert torch.equal(logits_of(runner, tokens), before)
+    assert threads.seconds(runner, 2) > 0
+    assert "2 threads" in runner.describe()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores can be chosen on Linux alone")
+def test_pinned_threads_keep_to_one_core_each_and_the_caller_to_none():
+    free = os.sched_getaffinity(0)
+    before = {int(name) for name in os.listdir("/proc/self/task")}
+    runner = NativeRunner(build(), threads=3, pin=True)
+    logits_of(runner, text(8))
+    made = {int(name) for name in os.listdir("/proc/self/task")} - before
+    pinned = [os.sched_getaffinity(thread) for thread in made]
+    assert [len(cores) for cores in pinned] == [1, 1]
+    assert all(cores <= free for cores in pinned)
+    assert len(free) == 1 or pinned[0] != pinned[1]
+    assert os.sched_getaffinity(0) == free
+
+
 def test_a_forked_process_makes_threads_of_its_own():
     runner, tokens = NativeRunner(build(), threads=2), text(40)
     expected = logits_of(runner, tokens)
@@ -268,3 +346,9 @@ def test_a_forked_process_makes_threads_of_its_own():
         os._exit(0 if torch.equal(logits_of(runner, tokens), expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert torch.equal(logits_of(runner, tokens), expected)
+
+
+def _sampled(num):
+    rows = np.zeros(num, FIELDS)
+    rows["temperature"] = rows["top_p"] = 1
+    return rows

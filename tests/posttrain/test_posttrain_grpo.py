@@ -10,16 +10,17 @@ import msgspec
 import numpy as np
 import pytest
 
-from pensar.base.errors import DataError
+from pensar.base.errors import ConfigError, DataError
 from pensar.base.files import files_under, read_jsonl
 from pensar.base.progress import Progress
 from pensar.base.ranks import Crew, World
 from pensar.base.stage import Runtime
 from pensar.infer.rollout import RolloutConfig, roll
 from pensar.infer.score import score
+from pensar.infer.torch_runner import TorchRunner
 from pensar.model.weights import load_model
 from pensar.posttrain import grpo
-from pensar.posttrain.grpo import GrpoConfig, advantages, micro_batches, truncate_rollouts
+from pensar.posttrain.grpo import MISMATCH, GrpoConfig, advantages, micro_batches, truncate_rollouts
 from pensar.tasks.task import Task
 from pensar.text.packing import Batch
 from pensar.text.tokenizer import Tokenizer
@@ -117,7 +118,54 @@ def test_groups_that_all_fail_teach_nothing(
     assert metrics["unfinished"] == 1
 
 
-@pytest.mark.parametrize("call", [1, 4])
+@pytest.mark.parametrize("forward", ["torch", "engine"])
+def test_every_step_says_how_far_the_trainer_is_from_the_engine(
+    school: Path,
+    guesses: Path,
+    tmp_path: Path,
+    runtime: MakeRuntime,
+    monkeypatch: pytest.MonkeyPatch,
+    forward: str,
+) -> None:
+    """By its first minibatch, whose weights are the engine's; exactly nothing where both compute alike."""
+    told: list[dict[str, float]] = []
+
+    def watched(*arguments: Any, **named: Any) -> dict[str, float]:
+        told.append(train_step(*arguments, **named))
+        return told[-1]
+
+    monkeypatch.setattr(grpo, "train_step", watched)
+    config = msgspec.structs.replace(SMALL, steps=2, forward=forward)
+    run(config, school, guesses, tmp_path / "grpo", runtime("grpo"))
+    rows = list(read_jsonl(tmp_path / "grpo" / "metrics.jsonl", dict))
+    assert len(told) == 4
+    for row, first, second in zip(rows, told[::2], told[1::2], strict=True):
+        assert [row[key] for key in MISMATCH] == [first[key] for key in MISMATCH]
+        assert row["policy_loss"] == second["policy_loss"]
+        assert second["mismatch"] > 1e-3, "the second minibatch is off policy"
+        assert 0 <= row["mismatch"] <= row["mismatch_max"] < 1e-4
+        assert 0 <= row["mismatch_kl"] < 1e-8
+        if forward == "engine":
+            assert row["mismatch_max"] == row["mismatch_kl"] == 0
+    assert forward == "engine" or rows[0]["mismatch_max"] > 0
+
+
+def test_a_trainer_can_share_kernels_only_with_an_engine_that_has_them(
+    school: Path, guesses: Path, tmp_path: Path, runtime: MakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = grpo.Engine
+    monkeypatch.setattr(
+        grpo, "Engine", lambda model, *rest, **more: engine(TorchRunner(model), *rest, **more)
+    )
+    config = msgspec.structs.replace(SMALL, steps=1, forward="engine")
+    with pytest.raises(ConfigError, match="forward is engine, and the engine computes with torch here"):
+        run(config, school, guesses, tmp_path / "grpo", runtime("grpo"))
+    run(msgspec.structs.replace(config, forward="auto"), school, guesses, tmp_path / "auto", runtime("auto"))
+    (metrics,) = read_jsonl(tmp_path / "auto" / "metrics.jsonl", dict)
+    assert metrics["mismatch_max"] < 1e-4
+
+
+@pytest.mark.parametrize(("call", "forward"), [(1, "torch"), (4, "torch"), (4, "engine")])
 def test_a_killed_run_goes_on_to_the_very_same_bytes(
     school: Path,
     guesses: Path,
@@ -125,9 +173,10 @@ def test_a_killed_run_goes_on_to_the_very_same_bytes(
     runtime: MakeRuntime,
     monkeypatch: pytest.MonkeyPatch,
     call: int,
+    forward: str,
 ) -> None:
     """The first kill is inside the first step, between its two minibatches; the second inside the third."""
-    config = msgspec.structs.replace(SMALL, probe=3, easiest=1.0)
+    config = msgspec.structs.replace(SMALL, probe=3, easiest=1.0, forward=forward)
     run(config, school, guesses, tmp_path / "whole", runtime("whole"))
     with monkeypatch.context() as patch:
         killed.at_step(patch, grpo, call)
@@ -214,3 +263,4 @@ def test_two_ranks_share_the_prompts_and_draw_what_one_draws(
 
     assert drawn("one", 0) == drawn("two", 0)
     assert len(drawn("two", 1)) == 18
+    assert [row["mismatch_max"] for row in read_jsonl(tmp_path / "two" / "metrics.jsonl", dict)] == [0, 0]

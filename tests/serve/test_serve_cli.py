@@ -219,3 +219,49 @@ def test_a_taken_port_is_said_before_the_model_is_loaded(
     assert f"port {port}" in capsys.readouterr().err
     assert main(["serve", str(model_folder), "--port", "70000"]) == 2
     assert main(["serve", str(model_folder), "--port", "0", "--max-waiting", "-1"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--spill-folder", "x"], "--spill-gib 0.0 with --spill-folder x"),
+        (["--spill-gib", "-1"], "--spill-gib -1.0"),
+        (["--tensor-parallel", "2", "--weights", "int8"], "--weights int8"),
+        (["--tensor-parallel", "0"], "0 ranks"),
+    ],
+)
+def test_options_of_serve_that_do_not_fit_are_exit_code_2(
+    model_folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], part: str
+) -> None:
+    assert main(["serve", str(model_folder), "--port", "0", *arguments]) == 2
+    assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("launcher", ["own ranks", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_a_model_on_two_ranks_with_a_spill_is_served_alike(
+    model_folder: Path, tmp_path: Path, launcher: str
+) -> None:
+    verb = ["serve", str(model_folder), "--port", "0", "--spill-gib", "0.01", "--spill-folder", str(tmp_path)]
+    if launcher == "torchrun":
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        verb = [*run, "-m", "pensar", *verb]
+    else:
+        verb = command(*verb, "--tensor-parallel", "2")
+    process = subprocess.Popen(
+        verb, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[4]
+        with openai.OpenAI(base_url=url, api_key="any", max_retries=5) as client:
+            said = client.chat.completions.create(
+                model=model_folder.name, messages=[{"role": "user", "content": QUESTION}], temperature=0
+            )
+        assert said.choices[0].message.content == ANSWER
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(PATIENCE_SECONDS)
+        assert launcher == "torchrun" or code == 0
+    finally:
+        process.kill()
+        _, err = process.communicate()
+    assert launcher == "torchrun" or "Traceback" not in err

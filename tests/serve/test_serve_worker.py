@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
+from pensar.base.errors import RunError
 from pensar.infer.engine import Engine
 from pensar.serve.app import make_service
 from pensar.serve.server import ServerThread
@@ -154,6 +155,21 @@ def test_a_failed_step_ends_its_batch_and_not_the_server(
     assert "a cosmic ray" in caplog.text
     assert endless.metrics.engine_failures.value() == 1
     assert fetch(url, "/health")[0] == 200
+
+
+def test_an_engine_that_cannot_go_on_makes_health_fail(endless: Service, url: str) -> None:
+    """As when one of the processes that compute the model has died: who watches the server starts it again."""
+
+    def dead() -> Any:
+        raise RunError("rank 1 has ended; start the engine again")
+
+    endless.worker._engine.step = dead  # type: ignore[method-assign]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError):
+                client.completions.create(model="endless", prompt="Two", max_tokens=3)
+            wait_until(lambda: not endless.worker.alive)
+    assert fetch(url, "/health")[0] == fetch(url, "/ready")[0] == 503
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -139,6 +139,19 @@ def test_the_entropy_bonus_adds_the_gradient_of_the_mean_entropy() -> None:
         assert totals.entropy == pytest.approx(entropy.sum().item(), rel=1e-4)
 
 
+def test_the_mismatch_is_told_of_every_token_that_the_policy_learns_from() -> None:
+    model, rows = tiny_model(), batch("ce", "pg", "behaviour")
+    with torch.no_grad():
+        gap = (chosen(logprobs_of(model, rows), rows) - torch.from_numpy(rows.behaviour))[:, 1:]
+    gap = gap[torch.from_numpy(rows.pg)[:, 1:] != 0].double().numpy()
+    for chunk_tokens in (8_192, 3):
+        _, totals = batch_loss(model, rows, (1.0, 1.0, 1.0), LossConfig(chunk_tokens=chunk_tokens))
+        assert totals.mismatch == pytest.approx(np.abs(gap).sum(), rel=1e-5)
+        assert totals.mismatch_max == pytest.approx(np.abs(gap).max(), rel=1e-5)
+        assert totals.mismatch_kl == pytest.approx((np.exp(gap) - 1 - gap).sum(), rel=1e-4)
+    assert batch_loss(model, batch("ce"), (1.0, 1.0, 1.0), CONFIG)[1].mismatch_max == 0
+
+
 @pytest.mark.parametrize(
     ("advantage", "ratio", "flows"),
     [
@@ -168,7 +181,8 @@ def test_a_ratio_beyond_the_clip_stops_the_gradient_only_where_it_goes_the_good_
     bounded = min(max(ratio, 0.8), 1.28)
     assert loss.item() == pytest.approx(-min(ratio * advantage, bounded * advantage), rel=1e-4)
     assert totals.clipped == float(ratio != bounded)
-    assert totals.mismatch == pytest.approx(abs(np.log(ratio)), rel=1e-3)
+    assert totals.mismatch == totals.mismatch_max == pytest.approx(abs(np.log(ratio)), rel=1e-3)
+    assert totals.mismatch_kl == pytest.approx(ratio - 1 - np.log(ratio), rel=1e-3)
     found = gradients(loss, model)
     if flows:
         expected = gradients(

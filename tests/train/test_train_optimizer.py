@@ -32,6 +32,19 @@ def test_orthogonalising_keeps_the_singular_vectors_and_maps_each_value_by_the_p
     assert np.abs(product - np.diag(np.diag(product))).max() < 1e-10
 
 
+@pytest.mark.parametrize("muon", [True, False])
+def test_every_changed_weight_is_seen_to_have_changed(muon: bool) -> None:
+    model = tiny_model()
+    optimizer = Optimizer(model, OptimizerConfig(muon=muon))
+    before = [(parameter.detach().clone(), parameter._version) for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(1.0, World())
+    for parameter, (values, version) in zip(model.parameters(), before, strict=True):
+        assert not torch.equal(parameter, values)
+        assert parameter._version > version
+
+
 def test_a_batch_of_matrices_is_orthogonalised_one_by_one() -> None:
     matrices = torch.randn((3, 8, 20), generator=torch.Generator().manual_seed(1))
     together = orthogonalize(matrices)

@@ -98,7 +98,7 @@ def _run_group(
 def _run(opened: Opened, choice: Choice, machine: MachineOptions | None) -> None:
     from pensar import recipe as recipes
 
-    links = recipes.LINKS
+    links = recipes.links(opened.recipe)
     wanted = opened.recipe.runtime
     recording = Recording(trackers=wanted.trackers, profile=wanted.profile_steps)
     within = open_runtime(machine, opened.folder, wanted.ranks, wanted.threads, wanted.layout, recording)

@@ -14,12 +14,11 @@ from pensar.base.files import read_jsonl, seed_of
 from pensar.base.ranks import World
 from pensar.evaluate.statistics import Estimate, mean, pass_at, share
 from pensar.infer.engine import Engine, Request, SamplingParams
-from pensar.infer.rollout import Rollout, RolloutConfig, roll
+from pensar.infer.rollout import Rollout, RolloutConfig, roll_shared, unmoded
 from pensar.infer.score import score
 from pensar.model.qwen3 import Qwen3
 from pensar.tasks.problems import with_mode
 from pensar.tasks.task import Task
-from pensar.tasks.verifiers import verify
 from pensar.text.tokenizer import Tokenizer
 
 Mode = Literal["thinking", "non-thinking", "flags", "base"]
@@ -82,9 +81,8 @@ def rolled(
     seed: int,
 ) -> list[Rollout]:
     """Rollouts of all tasks, in order, shared over the ranks."""
-    mine = range(len(tasks))[world.rank :: world.size]
-    seeds = [seed_of(seed, "evaluation", i) for i in mine]
-    return world.dealt(roll(engine, tokenizer, [tasks[i] for i in mine], config, seeds))
+    seeds = [seed_of(seed, "evaluation", i) for i in range(len(tasks))]
+    return roll_shared(engine, tokenizer, tasks, config, seeds, world)
 
 
 def run_benchmark(
@@ -122,8 +120,8 @@ def budget_curve(
     asked = [with_mode(task, True) for task in tasks]
     for budget in budgets:
         config = msgspec.structs.replace(sampling.thinking, thinking_budget=budget)
-        rollouts = [_unmoded(r) for r in rolled(engine, tokenizer, asked, config, world, seed)]
-        curve.append((budget, share(sum(rollouts), len(rollouts))))
+        scores = [unmoded(r).value for r in rolled(engine, tokenizer, asked, config, world, seed)]
+        curve.append((budget, share(sum(scores), len(scores))))
     return curve
 
 
@@ -164,13 +162,6 @@ def bits_per_byte(model: Qwen3, texts: Sequence[tuple[list[int], int]], world: W
     bits = [-sum(values) / math.log(2) / size for values, (_, size) in zip(scores, mine, strict=True)]
     parts = world.gather(bits)
     return [parts[i % world.size][i // world.size] for i in range(len(texts))]
-
-
-def _unmoded(rollout: Rollout) -> float:
-    """A budget of zero leaves no thinking, which is as asked: the answer alone counts."""
-    if rollout.finish != "stop":
-        return 0.0
-    return verify(msgspec.structs.replace(rollout.task, thinking=None), rollout.turns).value
 
 
 def _score(benchmark: str, mode: Mode, rollouts: Sequence[Rollout]) -> Cell:

@@ -37,17 +37,20 @@ class AdaptiveBudget:
         """Errors on left-out questions in log(1 + tokens), ascending."""
 
     @classmethod
-    def fit(cls, hidden_nD: Tensor, reasoning_n: Sequence[int]) -> "AdaptiveBudget":
-        """Learns from questions that were answered rightly with thinking that ended by itself.
+    def fit(cls, hidden_nD: Tensor, reasoning: Sequence[Sequence[int]]) -> "AdaptiveBudget":
+        """Learns from the reasoning tokens of each question's right replies, one at least, that ended by themselves.
 
-        Raises DataError for fewer than FEWEST of them, as from fewer nothing can be said about a new one.
+        What is expected of a question is learned from all its replies. The errors are those of its first, so that as
+        many questions count as there are. Raises DataError for fewer than FEWEST of them, as from fewer nothing can be
+        said about a new one.
         """
-        if len(reasoning_n) < FEWEST:
+        if len(reasoning) < FEWEST:
             raise DataError(
-                f"{len(reasoning_n)} answered questions to learn thinking budgets from; give at least {FEWEST}"
+                f"{len(reasoning)} answered questions to learn thinking budgets from; give at least {FEWEST}"
             )
         x_nD = hidden_nD.detach().double().cpu().numpy()
-        y_n = np.log1p(np.asarray(reasoning_n, np.float64))
+        y_n = np.asarray([np.log1p(np.asarray(lengths, np.float64)).mean() for lengths in reasoning])
+        first_n = np.log1p(np.asarray([lengths[0] for lengths in reasoning], np.float64))
         mean_D, offset = x_nD.mean(0), float(y_n.mean())
         left, sizes, right = np.linalg.svd(x_nD - mean_D, full_matrices=False)
         found = [
@@ -60,7 +63,7 @@ class AdaptiveBudget:
             torch.from_numpy(mean_D).float(),
             torch.from_numpy(weight_D).float(),
             offset,
-            torch.from_numpy(np.sort(errors_n)).float(),
+            torch.from_numpy(np.sort(errors_n + first_n - y_n)).float(),
         )
 
     def budget(self, hidden: Tensor, share: float) -> int:

@@ -110,15 +110,20 @@ class Commit:
         allowed_MV = self._constrained(rows_A, drafts_A, offset_A, raw_MV)
         index_M = state["total"][rows_M] - state["prompt"][rows_M] + step_M
         uniform = torch.from_numpy(uniforms(state["seed"][rows_M], index_M)).to(raw_MV.device)
-        draw = sample(allowed_MV, self._rules_of(rows_M, raw_MV.device), uniform)
+        draw = sample(
+            allowed_MV, self._rules_of(rows_M, raw_MV.device), uniform, self._scheduler.runner.weigh
+        )
         ids_M, sound_M = draw.ids.cpu().numpy(), draw.sound.cpu().numpy()
         going = np.arange(len(rows_A))
         for turn in range(most + 1):
             rows, at = rows_A[going], offset_A[going] + turn
             guesses = self._rows.tokens[rows, np.minimum(state["total"][rows], state["limit"][rows] - 1)]
             ids, sound = ids_M[at], sound_M[at]
-            self._fail(rows[~sound], at[~sound], raw_MV)
+            if not sound.all():
+                self._fail(rows[~sound], at[~sound], raw_MV)
             on = self._settle(rows, ids, sound, at, raw_MV)
+            if turn == most:
+                break
             kept = on & (drafts_A[going] > turn) & (guesses == ids)
             state["computed"][rows[kept]] += 1
             going = going[kept]

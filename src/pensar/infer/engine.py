@@ -18,6 +18,7 @@ from pensar.infer.adaptive import AdaptiveBudget
 from pensar.infer.budget import ANSWER, NO_BUDGET, Thinking
 from pensar.infer.commit import Commit
 from pensar.infer.constraint import Constraints
+from pensar.infer.footprint import Footprint, footprint
 from pensar.infer.pages import PagePool
 from pensar.infer.queue import Entry
 from pensar.infer.report import new_pieces
@@ -35,6 +36,7 @@ from pensar.infer.rows import RunningRows
 from pensar.infer.runners import runner_for
 from pensar.infer.scheduler import Plan, Scheduler
 from pensar.infer.speculate import Speculation
+from pensar.infer.spill import Spill, SpillConfig
 from pensar.infer.step import PAGE, Runner, StepOutput
 from pensar.infer.stops import StopMatcher
 from pensar.infer.storage import cache_pages, is_out_of_memory, merged
@@ -56,8 +58,8 @@ class Engine:
     most and by default the model's max_positions); `cache_tokens` is room for the texts of all together, by default
     what the slots can fill, within a quarter of the memory. A step computes `step_tokens` tokens, prompts in chunks.
     With `share` requests that begin alike compute the beginning once; `speculation` guesses tokens ahead, which changes
-    the speed of a reply and not the reply. Without a tokenizer nothing but stop_ids and
-    max_tokens ends a reply and there is no thinking.
+    the speed of a reply and not the reply; what the cache has no more room for goes to the `spill`. Without a tokenizer
+    nothing but stop_ids and max_tokens ends a reply and there is no thinking.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Engine:
         cache_tokens: int | None = None,
         step_tokens: int = STEP_TOKENS,
         share: bool = True,
+        spill: SpillConfig | None = None,
         speculation: Speculation | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -79,6 +82,8 @@ class Engine:
             raise ConfigError(
                 f"step_tokens {step_tokens} is less than slots {slots}; every running reply needs one token a step"
             )
+        if spill is not None and not share:
+            raise ConfigError("a spill keeps pages that requests share; leave share on, or the spill out")
         self.runner: Runner = runner_for(model) if isinstance(model, Qwen3) else model
         config = self.runner.config
         end_ids: tuple[int, ...] = ()
@@ -95,6 +100,8 @@ class Engine:
         self.scheduler = Scheduler(
             self.runner, self.rows, self.pool, slots=slots, step_tokens=step_tokens, share=share
         )
+        if spill is not None:
+            self.pool.spill = Spill(self.runner, spill, self.scheduler.reserve)
         self.version = 0
         """How often new weights were loaded."""
         self.speculation = speculation
@@ -119,6 +126,11 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         return len(self.scheduler.queue)
+
+    @property
+    def footprint(self) -> Footprint:
+        """The memory that it takes when every page is in use."""
+        return footprint(self.runner, self.pool, slots=self.slots, step_tokens=self.scheduler.step_tokens)
 
     # ------------------------------------------------------------ requests
 
@@ -234,7 +246,7 @@ class Engine:
         if recompute:
             self.scheduler.restart()
         else:
-            self.pool.forget_all()
+            self.pool.disown()
 
     def receive(self, world: World, source: int = 0, *, recompute: bool = True) -> None:
         """`load` of the weights that rank `source` has in its own model.

@@ -18,6 +18,8 @@ from pensar.infer.request import FinishReason, Grammar, Ints, checked_tokens
 from pensar.infer.runners import Weights, runner_for
 from pensar.infer.score import score
 from pensar.infer.speculate import speculation
+from pensar.infer.spill import SpillConfig
+from pensar.infer.step import Runner
 from pensar.model.weights import load_model
 from pensar.text.chat import Delta, ReplyParser, encode_prompt, mode_of
 from pensar.text.conversation import Conversation, Message, ToolCall
@@ -99,7 +101,8 @@ class LLM:
     `dtype` None means float32 on a CPU, where 16-bit products are slower, and the file's own type elsewhere. `weights`
     in "int8" or "int4" answers faster on a CPU, and rounds; `adapters` are LoRA folders by the names that requests
     use. Tokens are guessed ahead, which changes no reply, by `lookup` in the text, by a smaller model (`draft`) or by a
-    trained head (`draft_head`).
+    trained head (`draft_head`). The cache's old pages go to a `spill`. A `runner` has the folder's weights already, for
+    instance on several ranks.
     Raises ModelError for a folder that cannot be opened and for a tokenizer with more tokens than the model.
     """
 
@@ -116,6 +119,8 @@ class LLM:
         lookup: bool = False,
         draft: Path | str | None = None,
         draft_head: Path | str | None = None,
+        spill: SpillConfig | None = None,
+        runner: Runner | None = None,
     ) -> None:
         folder = Path(path)
         if not folder.is_dir():
@@ -124,13 +129,18 @@ class LLM:
             )
         if dtype is None and torch.device(device).type == "cpu":
             dtype = torch.float32
-        self.model = load_model(folder, device=device, dtype=dtype)
+        if runner is None:
+            runner = runner_for(load_model(folder, device=device, dtype=dtype), weights)
+        elif weights != "as_is":
+            raise ConfigError(f"weights={weights!r} and a runner, which has its own; give one of them")
+        self.model = runner.model
         self.tokenizer = Tokenizer.load(folder)
         self.engine = Engine(
-            runner_for(self.model, weights),
+            runner,
             self.tokenizer,
             slots=slots,
             max_tokens_per_slot=max_tokens_per_slot,
+            spill=spill,
             speculation=speculation(
                 self.model,
                 lookup=lookup,

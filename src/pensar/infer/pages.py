@@ -2,10 +2,12 @@
 
 A full page is known by the hash of its tokens and of all before them, so that equal beginnings of texts share pages
 (prefix caching): while anyone reads a page it stays, afterwards it is the longest unread that is given away first.
-Storage is the runner's; the pool deals in page numbers.
+With a spill, what is given away is kept there and comes back when it is asked for. Storage is the runner's; the pool
+deals in page numbers.
 """
 
 import hashlib
+import itertools
 import secrets
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -14,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pensar.infer.request import Ints
+from pensar.infer.spill import Spill
 from pensar.infer.step import PAGE
 
 
@@ -33,6 +36,8 @@ class PagePool:
         self._key_of: dict[int, bytes] = {}
         # Nobody can compute which texts would share a page with another's.
         self._salt = secrets.token_bytes(16)
+        self.spill: Spill | None = None
+        """Where known pages go that are given away."""
 
     @property
     def available(self) -> int:
@@ -53,14 +58,16 @@ class PagePool:
         """Pages with one reader each; raises IndexError where fewer are available."""
         if count > self.available:
             raise IndexError(f"{count} pages asked for, {self.available} available")
-        pages = []
+        pages, given = [], []
         for _ in range(count):
             if self._free:
                 page = self._free.pop()
             else:
                 page, _ = self._kept.popitem(last=False)
-                self._forget(page)
+                given.append((page, self._forget(page)))
             pages.append(page)
+        if given and self.spill is not None:
+            self.spill.save([page for page, _ in given], [key for _, key in given])
         self.readers[pages] = 1
         return pages
 
@@ -82,15 +89,17 @@ class PagePool:
                     self._free.append(page)
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
-        """The pages of the longest known beginning, each with one more reader."""
-        pages = []
-        for key in keys:
-            page = self._page_of.get(key)
-            if page is None:
-                break
-            pages.append(page)
-        self.share(pages)
-        return pages
+        """The pages of the longest known beginning, each with one more reader; what was spilled comes back."""
+        spilled = () if self.spill is None else self.spill
+        known = list(itertools.takewhile(lambda key: key in self._page_of or key in spilled, keys))
+        # First those that are here: pages for what comes back must not be theirs.
+        self.share(self._page_of[key] for key in known if key in self._page_of)
+        if self.spill is not None:
+            self._bring_back(self.spill, [key for key in known if key not in self._page_of])
+        pages = [self._page_of[key] for key in known if key in self._page_of]
+        whole = next((n for n, key in enumerate(known) if key not in self._page_of), len(known))
+        self.release(pages[whole:])
+        return pages[:whole]
 
     def publish(self, page: int, key: bytes) -> None:
         """Says what a full page holds, once; of equal pages the first is the one that is shared."""
@@ -102,7 +111,9 @@ class PagePool:
         """These pages are not known by their content any more."""
         for page in pages:
             if page in self._key_of:
-                self._forget(page)
+                key = self._forget(page)
+                if self.spill is not None:
+                    self.spill.drop(key)
                 if self._kept.pop(page, 0) is None:
                     self._free.append(page)
 
@@ -112,6 +123,14 @@ class PagePool:
         self._key_of.clear()
         self._free.extend(self._kept)
         self._kept.clear()
+        if self.spill is not None:
+            self.spill.clear()
+
+    def disown(self) -> None:
+        """`forget_all`, and pages that follow what was known till now are never found: running texts that go on over
+        keys and values of other weights keep theirs to themselves."""
+        self.forget_all()
+        self._salt = secrets.token_bytes(16)
 
     def root(self, *parts: str) -> bytes:
         """The key that the first page of a text follows; texts with other `parts` share nothing."""
@@ -139,7 +158,20 @@ class PagePool:
         assert (self.readers >= 0).all(), "a page was released too often"
         assert kept <= self._key_of.keys(), "a page without content is kept"
         assert {page: key for key, page in self._page_of.items()} == self._key_of, "keys and pages disagree"
+        if self.spill is not None:
+            self.spill.check()
 
-    def _forget(self, page: int) -> None:
+    def _bring_back(self, spill: Spill, keys: Sequence[bytes]) -> None:
+        """Pages with one reader for the first of `keys`, as many as there is room for and as can be read."""
+        bytes_PB = spill.read(keys[: self.available])
+        # Giving pages away may push what has just been read out of the spill: it is a copy.
+        pages = self.take(len(bytes_PB))
+        spill.restore(pages, bytes_PB)
+        for page, key in zip(pages, keys, strict=False):
+            self.publish(page, key)
+
+    def _forget(self, page: int) -> bytes:
+        """The key that it had."""
         key = self._key_of.pop(page)
         del self._page_of[key]
+        return key

@@ -18,8 +18,7 @@ def new_pieces(rows: RunningRows) -> list[Piece]:
         if matcher is not None:
             known[row] = min(int(known[row]), rows.safe(row))
     news = known - state["reported"]
-    scored = np.fromiter((request.params.prompt_logprobs for request in rows.requests), np.bool_, rows.num)
-    plain = (news == 1) & ~scored & np.fromiter((tops is None for tops in rows.tops), np.bool_, rows.num)
+    plain = (news == 1) & state["plain"]
     pieces = _single(rows, np.flatnonzero(plain))
     for row in np.flatnonzero((news > 0) & ~plain).tolist():
         start = int(state["reported"][row])

@@ -10,7 +10,9 @@ import msgspec
 import numpy as np
 
 from pensar.base.config import Config
+from pensar.base.errors import ModelError
 from pensar.base.files import seed_of
+from pensar.base.ranks import World
 from pensar.infer.engine import Completion, Engine, Request, SamplingParams
 from pensar.tasks.task import Task
 from pensar.tasks.tools import respond
@@ -32,6 +34,8 @@ class RolloutConfig(Config, frozen=True, kw_only=True):
     top_k: int = 0
     thinking_budget: int | None = None
     """Reasoning tokens after which the answer is asked for."""
+    adaptive_budget: float = 0.0
+    """A budget that suffices for this share of questions like each one; for an engine that has learned budgets."""
     max_calls: int = 2
     """Tool calls answered before the conversation is stopped."""
 
@@ -45,6 +49,10 @@ class Rollout:
     sampled: list[bool]
     logprobs: list[float]
     turns: list[Message] = field(default_factory=list)
+    reasoning: list[int] = field(default_factory=list)
+    """Reasoning tokens of each of the assistant's turns, without a stop sentence."""
+    stopped: bool = False
+    """A thinking budget was spent, and a stop sentence put in."""
     finish: str = ""
     score: Score = Score(0.0)
 
@@ -90,10 +98,46 @@ def prompt_mode(task: Task) -> bool | None:
     return False if task.thinking is False and not flagged else None
 
 
+def unmoded(rollout: Rollout) -> Score:
+    """The score of the answer alone, where a budget may have left no thinking though it was asked for."""
+    if rollout.finish != "stop":
+        return rollout.score
+    return verify(msgspec.structs.replace(rollout.task, thinking=None), rollout.turns)
+
+
+def roll_shared(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    config: RolloutConfig,
+    seeds: Sequence[int],
+    world: World,
+    *,
+    together: int = 1,
+) -> list[Rollout]:
+    """`roll` of all tasks on every rank, in order; ranks draw in turn, `together` tasks in a row each time.
+
+    Tasks that begin alike are best drawn together: the engine computes what they share once.
+    """
+    firsts = range(0, len(tasks), together)[world.rank :: world.size]
+    mine = [i for first in firsts for i in range(first, min(first + together, len(tasks)))]
+    rolled = roll(engine, tokenizer, [tasks[i] for i in mine], config, [seeds[i] for i in mine])
+    parts = world.dealt([rolled[start : start + together] for start in range(0, len(rolled), together)])
+    return [rollout for part in parts for rollout in part]
+
+
 def roll(
     engine: Engine, tokenizer: Tokenizer, tasks: Sequence[Task], config: RolloutConfig, seeds: Sequence[int]
 ) -> list[Rollout]:
-    """One finished and scored rollout per task, in order; `seeds` fixes each one's draw whatever its neighbours."""
+    """One finished and scored rollout per task, in order; `seeds` fixes each one's draw whatever its neighbours.
+
+    Raises ModelError for adaptive budgets of an engine without learned ones.
+    """
+    if config.adaptive_budget and engine.adaptive is None:
+        raise ModelError(
+            f"rollout.adaptive_budget is {config.adaptive_budget}, but the model has no learned thinking budgets; give "
+            "thinking_budget instead"
+        )
     rollouts = []
     for task in tasks:
         tokens = encode_prompt(tokenizer, task.conversation(), thinking=prompt_mode(task))
@@ -111,6 +155,7 @@ def roll(
                     top_p=config.top_p,
                     seed=seed_of(seeds[i], turn),
                     thinking_budget=config.thinking_budget,
+                    adaptive_budget=config.adaptive_budget,
                     stop_ids=(tokenizer.eos_id,),
                     logprobs=True,
                 ),
@@ -137,6 +182,8 @@ def _append(rollout: Rollout, completion: Completion, tokenizer: Tokenizer) -> b
     rollout.tokens = rollout.tokens + list(completion.tokens)
     rollout.sampled = rollout.sampled + [not forced for forced in completion.forced]
     rollout.logprobs = rollout.logprobs + list(completion.logprobs)
+    rollout.reasoning.append(completion.num_reasoning_tokens)
+    rollout.stopped |= any(completion.forced)
     rollout.finish = completion.finish_reason
     text = tokenizer.decode([token for token in completion.tokens if token != tokenizer.eos_id])
     reply = parse_reply(text)

@@ -38,6 +38,7 @@ FIELDS = np.dtype(
         ("min_p", np.float64),
         ("logprobs", np.bool_),
         ("every", np.bool_),  # logits of all its tokens are wanted
+        ("plain", np.bool_),  # a piece of it is its tokens, each with one log-probability at most
         ("follows", np.bool_),  # waits for a row with the same prompt
         ("adapter", np.int64),
         ("priority", np.int64),
@@ -90,6 +91,7 @@ class RunningRows:
             state[field] = getattr(params, field)
         state["logprobs"] = params.logprobs or params.top_logprobs > 0
         state["every"], state["follows"] = params.prompt_logprobs, False
+        state["plain"] = not params.prompt_logprobs and not params.top_logprobs
         state["adapter"], state["user"], state["priority"] = adapter, user, request.priority
         state["arrival"], state["deadline"] = entry.arrival, entry.deadline
         self.tokens[row, : len(prompt)] = prompt

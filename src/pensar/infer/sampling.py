@@ -8,6 +8,7 @@ Shape legend: N rows, V vocabulary, R filtered rows, k leading tokens.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pensar.infer.request import Ints
 
+Weigh = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor, Tensor]]
 Rows = npt.NDArray[np.void]
 """Running requests as a structured array; see pensar.infer.rows."""
 
@@ -103,26 +105,36 @@ def rules_of(rows: Rows, device: torch.device) -> Rules:
     )
 
 
-def sample(logits_NV: Tensor, rules: Rules, uniform_N: Tensor) -> Draw:
-    """One token per row; `uniform_N` as `uniforms` makes them."""
+def weigh(
+    logits_NV: Tensor, temperature_N1: Tensor | None, uniform_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row a draw from softmax(logits / temperature), the largest logit, and the sum of exp((logit - largest) /
+    temperature), each [N]; the last two are NaN or infinite where a logit is."""
+    top_N1 = logits_NV.amax(-1, keepdim=True)
+    scaled_NV = logits_NV - top_N1
+    if temperature_N1 is not None:
+        scaled_NV /= temperature_N1
+    ids_N, total_N = _invert(scaled_NV.exp_(), uniform_N)
+    return ids_N, top_N1[:, 0], total_N
+
+
+def sample(logits_NV: Tensor, rules: Rules, uniform_N: Tensor, weigh: Weigh = weigh) -> Draw:
+    """One token per row; `uniform_N` as `uniforms` makes them. Rows without filters are drawn by `weigh`."""
     logits_NV = logits_NV.float()
     if rules.all_greedy:
         top_N, ids = _largest(logits_NV)
         return Draw(ids, top_N.isfinite())
-    top_N1 = logits_NV.amax(-1, keepdim=True)
     total_N: Tensor | None = None
     if rules.needs_total:
-        scaled_NV = logits_NV - top_N1
-        if rules.temperature_N1 is not None:
-            scaled_NV /= rules.temperature_N1
-        ids, total_N = _invert(scaled_NV.exp_(), uniform_N)
+        ids, top_N, total_N = weigh(logits_NV, rules.temperature_N1, uniform_N)
     else:
+        top_N = logits_NV.amax(-1)
         ids = torch.zeros(len(logits_NV), dtype=torch.int64, device=logits_NV.device)
     if rules.filtered is not None:
-        ids[rules.filtered] = _draw_filtered(logits_NV, top_N1, total_N, rules, uniform_N)
+        ids[rules.filtered] = _draw_filtered(logits_NV, top_N[:, None], total_N, rules, uniform_N)
     if rules.greedy is not None:
         ids = torch.where(rules.greedy, _largest(logits_NV)[1], ids)
-    return Draw(ids, top_N1[:, 0].isfinite())
+    return Draw(ids, top_N.isfinite())
 
 
 def logprobs(logits_NV: Tensor, ids_N: Tensor) -> Tensor:

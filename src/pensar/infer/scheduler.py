@@ -172,10 +172,11 @@ class Scheduler:
         counts = plan.counts - plan.drafts
         before = state["computed"][rows]
         state["computed"][rows] = before + counts
-        in_prompt = np.minimum(before + counts, state["prompt"][rows]) - np.minimum(
-            before, state["prompt"][rows]
-        )
-        self.queue.charge(state["user"][rows], in_prompt + OUTPUT_WEIGHT * (counts - in_prompt))
+        weighted = OUTPUT_WEIGHT * counts.astype(np.float64)
+        in_prompt = np.minimum(state["prompt"][rows] - before, counts)
+        if (in_prompt > 0).any():
+            weighted -= (OUTPUT_WEIGHT - 1) * np.maximum(in_prompt, 0)
+        self.queue.charge(state["user"][rows], weighted)
 
     def publish(self) -> None:
         """Lets others share the pages that have become full."""
@@ -243,10 +244,11 @@ class Scheduler:
     def _give_pages(self, rows: Ints, need: Ints) -> None:
         for at in np.flatnonzero(need).tolist():
             pages = self.pool.take(int(need[at]))
-            self._reserve(max(pages))
+            self.reserve(max(pages))
             self.rows.give_pages(int(rows[at]), pages)
 
-    def _reserve(self, page: int) -> None:
+    def reserve(self, page: int) -> None:
+        """Sees to it that the runner has room for a page."""
         if page >= self._reserved:
             self._reserved = min(self.pool.num_pages, max(2 * self._reserved, page + 1))
             self.runner.reserve(self._reserved)
@@ -326,7 +328,7 @@ class Scheduler:
         rows.give_pages(row, shared)
         if length % PAGE:
             [page] = self.pool.take(1)
-            self._reserve(page)
+            self.reserve(page)
             self.runner.copy_pages(rows.pages[leader, full : full + 1], np.asarray([page]))
             rows.give_pages(row, [page])
         rows.keys[row] = list(rows.keys[leader][: 1 + min(full, int(state["published"][leader]))])

@@ -71,6 +71,14 @@ class Runner(Protocol):
         """Zeroes pages that may hold NaN, which would outlive its request."""
         ...
 
+    def read_pages(self, pages: Ints) -> Tensor:
+        """What pages hold, as bytes [pages, bytes of a page] on the CPU that mean something to `write_pages` alone."""
+        ...
+
+    def write_pages(self, pages: Ints, bytes_PB: Tensor) -> None:
+        """Gives pages what `read_pages` gave of others, bit for bit."""
+        ...
+
     def load(self, weights: Mapping[str, Tensor] | Qwen3) -> None:
         """Takes new weights of the same names and shapes in place."""
         ...
@@ -79,8 +87,23 @@ class Runner(Protocol):
         """Rows with this number in `adapters_R` are computed by `adapter` from now on; None takes it away."""
         ...
 
+    def weigh(
+        self, logits_NV: Tensor, temperature_N1: Tensor | None, uniform_N: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draws from unfiltered rows, as pensar.infer.sampling.weigh."""
+        ...
+
     def page_bytes(self) -> int:
         """Memory of one page over all layers."""
+        ...
+
+    def weight_bytes(self) -> int:
+        """Memory of the weights, the module's own included."""
+        ...
+
+    def step_bytes(self, tokens: int, texts: int) -> int:
+        """Memory of a pass of `tokens` new tokens at its highest, over rows whose texts have `texts` tokens together;
+        logits are not counted."""
         ...
 
 
@@ -103,3 +126,8 @@ def rows_of(batch: StepBatch, rows: Ints) -> tuple[StepBatch, Ints]:
         adapters_R=None if batch.adapters_R is None else batch.adapters_R[rows],
     )
     return part, wanted
+
+
+def module_bytes(model: Qwen3) -> int:
+    """Memory of a module's weights."""
+    return sum(parameter.nbytes for parameter in model.parameters())

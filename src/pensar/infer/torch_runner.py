@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from pensar.infer.adapters import Adapter, Adapters
 from pensar.infer.request import Ints
-from pensar.infer.step import PAGE, StepBatch, StepOutput, rows_of
+from pensar.infer.sampling import weigh
+from pensar.infer.step import PAGE, StepBatch, StepOutput, module_bytes, rows_of
 from pensar.infer.sync import replace_weights
 from pensar.model.qwen3 import Qwen3
 
@@ -26,6 +27,8 @@ class TorchRunner:
     library's fused kernel. The head comes first so that gathered pages are the matrices of a batched product as they
     are. The weights are the model's own: a trainer that changes them changes the runner's.
     """
+
+    weigh = staticmethod(weigh)
 
     def __init__(self, model: Qwen3) -> None:
         weight = model.model.embed_tokens.weight
@@ -76,6 +79,18 @@ class TorchRunner:
         for pool in (*self.keys, *self.values):
             pool[:, index] = 0
 
+    def read_pages(self, pages: Ints) -> Tensor:
+        index = _there(self.device, pages)
+        held = torch.stack([pool[:, index] for pool in (*self.keys, *self.values)])
+        return held.permute(2, 0, 1, 3, 4).reshape(len(pages), -1).view(torch.uint8).cpu()
+
+    def write_pages(self, pages: Ints, bytes_PB: Tensor) -> None:
+        pools, index = (*self.keys, *self.values), _there(self.device, pages)
+        heads, _, *page = pools[0].shape
+        held = bytes_PB.to(self.device).view(self._dtype).view(len(pages), len(pools), heads, *page)
+        for pool, part in zip(pools, held.permute(1, 2, 0, 3, 4), strict=True):
+            pool[:, index] = part
+
     def load(self, weights: Mapping[str, Tensor] | Qwen3) -> None:
         replace_weights(self.model, weights)
 
@@ -84,6 +99,20 @@ class TorchRunner:
 
     def page_bytes(self) -> int:
         return sum(pool[:, 0].nbytes for pool in (*self.keys, *self.values))
+
+    def weight_bytes(self) -> int:
+        return module_bytes(self.model)
+
+    def step_bytes(self, tokens: int, texts: int) -> int:
+        """Of the layer that is being computed; rows of one token gather the keys and values that they attend to."""
+        config, size = self.config, int(self._dtype.itemsize)
+        # The stream, its normalised copy, gate, up, silu of the gate, and their product.
+        width = config.intermediate_size
+        if config.num_experts:
+            width = config.moe_intermediate_size * config.experts_per_token
+        activations = tokens * (2 * config.hidden_size + 4 * width) * size
+        gathered = texts * (2 * config.num_kv_heads * config.head_dim * size + config.num_heads * (size + 4))
+        return max(activations, gathered)
 
     def _run(self, batch: StepBatch) -> StepOutput:
         tokens, positions = (

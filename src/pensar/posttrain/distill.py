@@ -13,7 +13,7 @@ from pensar.base.progress import Progress
 from pensar.base.ranks import World
 from pensar.base.stage import Counts, Runtime
 from pensar.infer.engine import Engine
-from pensar.infer.rollout import Rollout, RolloutConfig, roll
+from pensar.infer.rollout import Rollout, RolloutConfig, roll_shared
 from pensar.model.weights import load_model
 from pensar.posttrain.examples import Example, encode, in_batches
 from pensar.posttrain.grpo import keep_rollouts, micro_batches, truncate_rollouts
@@ -71,9 +71,8 @@ def teacher_examples(
     config: OffPolicyConfig, teacher: Engine, tokenizer: Tokenizer, tasks: list[Task], world: World
 ) -> list[Example]:
     """The teacher's finished replies to the tasks, each a training conversation; wrong ones are left out."""
-    mine = list(range(len(tasks)))[world.rank :: world.size]
-    seeds = [seed_of(config.seed, "teacher", i) for i in mine]
-    rollouts = world.dealt(roll(teacher, tokenizer, [tasks[i] for i in mine], config.rollout, seeds))
+    seeds = [seed_of(config.seed, "teacher", i) for i in range(len(tasks))]
+    rollouts = roll_shared(teacher, tokenizer, tasks, config.rollout, seeds, world)
     examples: list[Example] = []
     for rollout in rollouts:
         if rollout.score.value > 0:
@@ -139,11 +138,11 @@ def _on_policy(
 
     def take(step: int) -> dict[str, float]:
         chosen = np.random.default_rng(seed_of(config.seed, "prompts", step)).permutation(len(queries))
-        mine = [int(i) for i in chosen[: config.prompts]][world.rank :: world.size]
-        tasks = [_in_mode(queries[i], config, step, i) for i in mine]
-        seeds = [seed_of(config.seed, step, i) for i in mine]
+        drawn = [int(i) for i in chosen[: config.prompts]]
+        tasks = [_in_mode(queries[i], config, step, i) for i in drawn]
+        seeds = [seed_of(config.seed, step, i) for i in drawn]
         engine.load(student)
-        rollouts = world.dealt(roll(engine, tokenizer, tasks, config.rollout, seeds))
+        rollouts = roll_shared(engine, tokenizer, tasks, config.rollout, seeds, world)
         keep_rollouts(place, step, rollouts)
         rows = sorted((rollout.taught() for rollout in rollouts), key=len)
         scale = rate(config.schedule, step, config.steps)

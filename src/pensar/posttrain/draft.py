@@ -22,7 +22,7 @@ from pensar.base.progress import Progress
 from pensar.base.ranks import World
 from pensar.base.stage import Counts, Runtime
 from pensar.infer.engine import Engine
-from pensar.infer.rollout import Rollout, RolloutConfig, roll
+from pensar.infer.rollout import Rollout, RolloutConfig, roll_shared
 from pensar.infer.rows import FIELDS
 from pensar.infer.sampling import rules_of, sample, uniforms
 from pensar.model.draft_head import WINDOW, DraftHead, initialize_head
@@ -153,8 +153,7 @@ def answers(
 ) -> list[Rollout]:
     """The model's replies to the tasks, on every rank; each rank draws its share."""
     engine = Engine(model, tokenizer, slots=128)
-    mine = range(len(tasks))[world.rank :: world.size]
-    return world.dealt(roll(engine, tokenizer, [tasks[i] for i in mine], config, [seeds[i] for i in mine]))
+    return roll_shared(engine, tokenizer, tasks, config, seeds, world)
 
 
 def train_step(

@@ -5,20 +5,23 @@ over the group's deviation. Groups that all succeed or all fail teach nothing an
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
 
-from pensar.base.errors import DataError
+from pensar.base.errors import ConfigError, DataError
 from pensar.base.files import read_jsonl, seed_of, write_atomic
 from pensar.base.metrics import Recording
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
 from pensar.base.stage import Counts, Runtime
 from pensar.infer.engine import Engine
-from pensar.infer.rollout import Rollout, RolloutConfig, roll
+from pensar.infer.native.exact import exact_as
+from pensar.infer.rollout import Rollout, RolloutConfig, roll_shared
 from pensar.model.qwen3 import Qwen3
 from pensar.model.weights import load_model
 from pensar.tasks.task import Task
@@ -56,6 +59,15 @@ class GrpoConfig(LoopConfig, frozen=True, kw_only=True):
     """Queries whose pass rate is above this are left out: they have nothing left to teach."""
     thinking: bool | None = True
     """Mode in which queries without a mode of their own are put."""
+    forward: Literal["auto", "engine", "torch"] = "auto"
+    """What computes the values of the trainer's forward pass. By the `engine`'s own kernels, on a CPU with a compiler,
+    log-probabilities are those that tokens were drawn with, bit for bit, and a step begins exactly on policy; a step of
+    the tiny recipe takes 3 to 8% longer, and the weights' memory once more. `auto`: wherever there are kernels."""
+
+
+MISMATCH = ("mismatch", "mismatch_kl", "mismatch_max")
+"""How far the trainer's log-probabilities of sampled tokens are from the engine's by the same weights: mean and largest
+absolute difference, and the KL divergence. Of a step's first minibatch; later ones are off policy by intention."""
 
 
 def run(config: GrpoConfig, inputs: Mapping[str, Path], out: Path, runtime: Runtime) -> Counts:
@@ -93,10 +105,22 @@ def _on_rank(
 
     name = out.name.rsplit("-", 1)[0]
     forget = partial(truncate_rollouts, out)
-    loop(model, optimizer, config, place, take, name=name, shown=("reward",), on_start=forget)
+    with forward_by(config.forward, engine):
+        loop(model, optimizer, config, place, take, name=name, shown=("reward",), on_start=forget)
     finish(model, tokenizer, place)
     num_rollouts = config.steps * min(config.prompts, len(queries)) * config.group
     return {"queries": len(queries), "rollouts": num_rollouts, "steps": config.steps}
+
+
+def forward_by(way: Literal["auto", "engine", "torch"], engine: Engine) -> AbstractContextManager[None]:
+    """Within it the engine's module computes its forward pass so; ConfigError where there are no kernels to share."""
+    within = None if way == "torch" else exact_as(engine.runner)
+    if within is None and way == "engine":
+        raise ConfigError(
+            "forward is engine, and the engine computes with torch here: its own kernels are for models on a CPU and "
+            "need a C++ compiler; leave forward at auto"
+        )
+    return within or nullcontext()
 
 
 def _step(
@@ -112,15 +136,13 @@ def _step(
     """One set of rollouts and the optimiser steps on it; the same metrics and rollouts on every rank."""
     chosen = np.random.default_rng(seed_of(config.seed, "prompts", step)).permutation(len(queries))
     chosen = chosen[: config.prompts]
-    mine = [int(query) for query in chosen[world.rank :: world.size]]
-    tasks = [queries[query] for query in mine for _ in range(config.group)]
-    seeds = [seed_of(config.seed, step, query, n) for query in mine for n in range(config.group)]
+    tasks = [queries[query] for query in chosen for _ in range(config.group)]
+    seeds = [seed_of(config.seed, step, int(query), n) for query in chosen for n in range(config.group)]
     engine.load(model)
-    rolled = roll(engine, tokenizer, tasks, config.rollout, seeds)
-    groups = world.dealt([rolled[n : n + config.group] for n in range(0, len(rolled), config.group)])
-    rollouts = [rollout for group in groups for rollout in group]
+    rollouts = roll_shared(engine, tokenizer, tasks, config.rollout, seeds, world, together=config.group)
     samples: list[Sample] = []
-    for group in groups:
+    for start in range(0, len(rollouts), config.group):
+        group = rollouts[start : start + config.group]
         advantage = advantages([rollout.score.value for rollout in group])
         if advantage is not None:
             samples.extend(r.sample(float(a)) for r, a in zip(group, advantage, strict=True))
@@ -130,7 +152,8 @@ def _step(
     for part in np.array_split(order, config.minibatches):
         if len(part):
             rows = sorted((samples[i] for i in part), key=len)
-            values |= train_step(model, optimizer, micro_batches(rows), scale, world, config.loss)
+            taken = train_step(model, optimizer, micro_batches(rows), scale, world, config.loss)
+            values |= taken | {key: values[key] for key in MISMATCH if key in values}
     values["tokens"] = float(sum(len(rollout.tokens) for rollout in rollouts))
     values["learned_tokens"] = float(sum(len(sample) for sample in samples))
     values["lr"] = scale * config.optimizer.adamw_lr
@@ -173,16 +196,17 @@ def _queries(
         return queries
     path = place.out / "pass-rates.json"
     if not path.exists():
-        probed = range(min(config.probe_queries, len(queries)))[place.world.rank :: place.world.size]
-        repeated = [i for i in probed for _ in range(config.probe)]
-        seeds = [seed_of(config.seed, "probe", i, n) for i in probed for n in range(config.probe)]
-        rollouts = roll(engine, tokenizer, [queries[i] for i in repeated], config.rollout, seeds)
-        rates: dict[int, float] = dict.fromkeys(probed, 0.0)
-        for i, rollout in zip(repeated, rollouts, strict=True):
-            rates[i] += rollout.score.value / config.probe
-        everyone = sorted(pair for part in place.world.gather(rates) for pair in part.items())
+        probed = queries[: config.probe_queries]
+        repeated = [query for query in probed for _ in range(config.probe)]
+        seeds = [seed_of(config.seed, "probe", i, n) for i in range(len(probed)) for n in range(config.probe)]
+        rollouts = roll_shared(
+            engine, tokenizer, repeated, config.rollout, seeds, place.world, together=config.probe
+        )
+        rates = [0.0] * len(probed)
+        for at, rollout in enumerate(rollouts):
+            rates[at // config.probe] += rollout.score.value / config.probe
         if place.world.rank == 0:
-            write_atomic(path, msgspec.json.encode([round(rate, 6) for _, rate in everyone]))
+            write_atomic(path, msgspec.json.encode([round(rate, 6) for rate in rates]))
         place.world.barrier()
     rates_of = msgspec.json.decode(path.read_bytes(), type=list[float])
     kept = [queries[i] for i, passed in enumerate(rates_of) if 0 < passed <= config.easiest]

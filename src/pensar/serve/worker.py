@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pensar.base.errors import RunError
 from pensar.infer.engine import Engine, Piece, Request, SamplingParams
 from pensar.serve.failure import ApiError, draining, engine_failed, queue_full
 
@@ -218,13 +219,18 @@ class Worker:
     def _step(self) -> None:
         try:
             pieces = self._engine.step()
-        except Exception:
+        except Exception as error:
             log.exception("an engine step failed; the sequences of its batch are given up")
             if self.on_failure is not None:
                 self.on_failure()
             for name in self._live:
                 self._engine.abort(name)
             self._fail_all(engine_failed("a step of the shared batch raised an error; see the server's log"))
+            if isinstance(
+                error, RunError
+            ):  # of the engine itself, as when one of its ranks has died: no step will do
+                with self._changed:
+                    self._stopping = self._refusing = True
             return
         mail: dict[Job, list[tuple[str, Piece | ApiError]]] = {}
         num_finished = 0

@@ -70,6 +70,11 @@ class Totals:
     clipped: float = 0.0
     mismatch: float = 0.0
     """Sum of |log p - behaviour log p| over policy-gradient tokens: zero up to rounding when on policy."""
+    mismatch_kl: float = 0.0
+    """Sum of r - 1 - log r with r = p / behaviour p, an unbiased estimate of KL(behaviour || model) that is never
+    negative (k3 of Schulman, "Approximating KL divergence", 2020)."""
+    mismatch_max: float = 0.0
+    """The largest |log p - behaviour log p|; the only one that is no sum."""
     balance: float = 0.0
     """Load-balancing loss of the experts before its weight: 1 where all share the tokens evenly."""
     z: float = 0.0
@@ -91,6 +96,14 @@ class Totals:
         *plain, groups = vars(self).values()
         sums = torch.tensor(plain, dtype=torch.float64)
         return sums if groups is None else torch.cat((sums, groups.flatten()))
+
+    @classmethod
+    def joined(cls, first: Tensor, second: Tensor) -> Tensor:
+        """The tensor of the tokens of two others."""
+        whole = first + second
+        at = list(vars(cls())).index("mismatch_max")
+        whole[at] = torch.maximum(first[at], second[at])
+        return whole
 
     @classmethod
     def of(cls, values: Tensor) -> "Totals":
@@ -115,6 +128,8 @@ class Targets:
     groups: Tensor | None
     lost: Tensor | None
     """ce_t (-log p) of each token, filled in chunk by chunk, where there are groups."""
+    gap: Tensor | None = None
+    """log p - behaviour log p of the policy's tokens, 0 for others; filled in likewise, where there is a policy."""
 
     def chunk(self, start: int, stop: int) -> "Targets":
         parts = {name: None if value is None else value[start:stop] for name, value in vars(self).items()}
@@ -222,7 +237,7 @@ def states_loss(
         loss, sums = head_loss(targets.states, head, loss_of, size)
         if sums is not None:
             _add(totals, sums)
-        totals.groups = _by_group(targets, batch.num_groups)
+        _add_by_token(totals, targets, batch.num_groups)
         return loss + hidden.sum() * 0.0, totals
     loss = hidden.sum() * 0.0
     num = len(targets.ids)
@@ -236,8 +251,17 @@ def states_loss(
             )
         loss = loss + part
         _add(totals, sums)
-    totals.groups = _by_group(targets, batch.num_groups)
+    _add_by_token(totals, targets, batch.num_groups)
     return loss, totals
+
+
+def _add_by_token(totals: Totals, targets: Targets, num_groups: int) -> None:
+    """What is told from single tokens once all chunks are done."""
+    totals.groups = _by_group(targets, num_groups)
+    if targets.gap is not None and len(targets.gap):
+        gap = targets.gap.double()
+        totals.mismatch, totals.mismatch_max = float(gap.abs().sum()), float(gap.abs().max())
+        totals.mismatch_kl = float((gap.expm1() - gap).sum())
 
 
 def _by_group(targets: Targets, num_groups: int) -> Tensor | None:
@@ -271,6 +295,7 @@ def _targets(batch: Batch, hidden: Tensor, taught: Tensor | None, columns: Tenso
         behaviour=behaviour[at],
         groups=None if groups is None else groups[at].long(),
         lost=None if groups is None else lost,
+        gap=None if batch.pg is None else torch.zeros_like(lost),
     )
 
 
@@ -322,7 +347,7 @@ def _logits_loss(
     if config.z_loss:
         z = (at.ce * log_z.square()).sum()
         loss = loss + config.z_loss * z / w_ce
-    pg, clipped, mismatch, entropy = (logits_NV.new_zeros(()) for _ in range(4))
+    pg, clipped, entropy = (logits_NV.new_zeros(()) for _ in range(3))
     if learns_by_policy:
         gap = (logprob - at.behaviour)[sampled]
         ratio, advantage = gap.exp(), at.pg[sampled]
@@ -334,14 +359,15 @@ def _logits_loss(
         loss = loss + (pg - config.entropy_bonus * entropy) / w_pg
         with torch.no_grad():
             clipped = (ratio != bounded).sum()
-            mismatch = gap.abs().sum()
+            if at.gap is not None:
+                at.gap[sampled] = gap
     kl = logits_NV.new_zeros(())
     if teacher is not None and at.teacher is not None:
         with torch.no_grad():
             teacher_NV = _at_least_float32(teacher.logits(at.teacher))
         kl = (at.kl * _divergence(logits_NV, log_z, teacher_NV, config.reverse_kl)).sum()
         loss = loss + kl / w_kl
-    sums = [ce, at.ce.sum(), pg, sampled.sum(), kl, at.kl.sum(), entropy, clipped, mismatch, z]
+    sums = [ce, at.ce.sum(), pg, sampled.sum(), kl, at.kl.sum(), entropy, clipped, z]
     return loss, torch.stack([value.detach().double() for value in sums])
 
 
@@ -359,6 +385,6 @@ def _divergence(logits_NV: Tensor, log_z: Tensor, teacher_NV: Tensor, reverse: b
 
 
 def _add(totals: Totals, sums: Tensor) -> None:
-    names = ("ce", "ce_weight", "pg", "pg_weight", "kl", "kl_weight", "entropy", "clipped", "mismatch", "z")
+    names = ("ce", "ce_weight", "pg", "pg_weight", "kl", "kl_weight", "entropy", "clipped", "z")
     for name, value in zip(names, sums.tolist(), strict=True):
         setattr(totals, name, getattr(totals, name) + value)

@@ -101,6 +101,10 @@ class Optimizer:
             group["lr"] = self.config.adamw_lr * scale
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self.adamw.step()
+            # Fused kernels leave the versions as they are, by which others see that weights have changed.
+            torch.autograd.graph.increment_version(
+                [p for group in self.adamw.param_groups for p in group["params"]]
+            )
             for matrices, momentum in zip(self.groups, self.momenta, strict=True):
                 self._muon(matrices, momentum, self.config.lr * scale, world)
         self.clear()

@@ -163,8 +163,10 @@ def train_step(
     spread.reduce_gradients(optimizer)
     if witness:
         witness.gradients(model)
-    spread.tokens.all_reduce_(sums)
-    totals = Totals.of(sums)
+    largest = Totals.of(sums).mismatch_max
+    totals = Totals.of(spread.tokens.all_reduce_(sums))
+    if totals.pg_weight:
+        totals.mismatch_max = max(spread.tokens.gather(largest))
     metrics = _means(totals) | (balance.metrics() if balance else {})
     metrics["gradient_norm"] = optimizer.clip()
     try:
@@ -193,7 +195,7 @@ def one_by_one(spread: Spread, model: Qwen3, batches: Sequence[Batch | None], wo
                 model, batch, work.normalisers, work.loss, work.teacher, work.balance, inputs
             )
             loss.backward()
-            sums += totals.tensor()
+            sums = Totals.joined(sums, totals.tensor())
         elif work.balance is not None:
             work.balance.absent()
     return sums
@@ -250,6 +252,8 @@ def _means(totals: Totals) -> dict[str, float]:
         metrics["entropy"] = totals.entropy / totals.pg_weight
         metrics["clipped"] = totals.clipped / totals.pg_weight
         metrics["mismatch"] = totals.mismatch / totals.pg_weight
+        metrics["mismatch_kl"] = totals.mismatch_kl / totals.pg_weight
+        metrics["mismatch_max"] = totals.mismatch_max
     if totals.kl_weight:
         metrics["divergence"] = totals.kl / totals.kl_weight
     if totals.z:

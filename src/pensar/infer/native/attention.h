@@ -86,6 +86,7 @@ template <class T, int Q>
 static void add_block(const float* s, const Pages& pages, int64_t first, int64_t tokens, int64_t h, float* out) {
     int64_t column = 0;
     for (; column + 4 * L <= wide(h); column += 4 * L) add_values<T, Q, 4>(s, pages, first, tokens, h, column, out);
+    for (; column + 2 * L <= wide(h); column += 2 * L) add_values<T, Q, 2>(s, pages, first, tokens, h, column, out);
     for (; column < wide(h); column += L) add_values<T, Q, 1>(s, pages, first, tokens, h, column, out);
 }
 

@@ -54,8 +54,6 @@ INLINE void ahead(const void* w, int bytes) {
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)w + AHEAD + i);
 }
 
-#define UNROLL _Pragma("GCC unroll 16")
-
 // y[m][NR] of M rows, given as indices into `rows`.
 template <int M, class T>
 static void tile_float(const uint8_t* panel, int64_t inputs, const Rows& rows, const int64_t* index, float* y) {

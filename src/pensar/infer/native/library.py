@@ -40,7 +40,7 @@ TARGETS = (("-march=native",), ("-mcpu=native",), ())
 P, I64 = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES: Mapping[str, tuple[object, list[object]]] = {
     "pensar_step": (I64, [ctypes.POINTER(Model), ctypes.POINTER(Batch), P]),
-    "pensar_team": (P, [I64]),
+    "pensar_team": (P, [I64, I64]),
     "pensar_dismiss": (None, [P]),
     "pensar_columns": (I64, []),
     "pensar_panel_bytes": (I64, [I64, I64]),
@@ -51,6 +51,7 @@ _SIGNATURES: Mapping[str, tuple[object, list[object]]] = {
     "pensar_linear": (None, [ctypes.POINTER(Linear), P, I64, P, P]),
     "pensar_peak": (I64, [I64, I64]),
     "pensar_read": (I64, [P, I64]),
+    "pensar_weigh": (None, [P, I64, I64, P, P, P, P, P, P]),
     "pensar_exp": (None, [P, I64, P]),
     "pensar_norm": (None, [P, P, I64, I64, ctypes.c_double, P]),
 }

@@ -21,11 +21,11 @@ Order = npt.NDArray[np.int32]
 
 
 class Team:
-    """Threads of the library."""
+    """Threads of the library, each on a core of its own with `pin` (Linux)."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, pin: bool = False) -> None:
         self.threads = threads
-        self.handle = library().pensar_team(threads)
+        self.handle = library().pensar_team(threads, pin)
 
     def __del__(self) -> None:
         library().pensar_dismiss(self.handle)
@@ -185,7 +185,7 @@ class Stacks:
 
     def __init__(self, weights: Weights) -> None:
         num, hidden, width = weights.model.config.num_experts, weights.model.config.hidden_size, weights.width
-        self._team = weights.team
+        self._weights = weights
         gate_up, down = gate_and_up(width), in_order(hidden)
         self._gate_up = [Matrix(weights.kind, gate_up, 2 * width, hidden) for _ in range(num)]
         self._down = [Matrix(weights.kind, down, hidden, width) for _ in range(num)]
@@ -200,4 +200,4 @@ class Stacks:
     def fill(self, gate_up_E2ID: Tensor, down_EDI: Tensor) -> None:
         for some, stacked in ((self._gate_up, gate_up_E2ID), (self._down, down_EDI)):
             for matrix, weight_OI in zip(some, stacked.detach(), strict=True):
-                matrix.fill(weight_OI, self._team)
+                matrix.fill(weight_OI, self._weights.team)

@@ -21,13 +21,15 @@ from pensar.infer.native.library import describe, library
 from pensar.infer.native.pack import Team, Weights, zeros
 from pensar.infer.native.structs import Batch, Layer, Model
 from pensar.infer.request import Ints
-from pensar.infer.step import StepBatch, StepOutput, rows_of
+from pensar.infer.step import StepBatch, StepOutput, module_bytes, rows_of
 from pensar.infer.sync import replace_weights
 from pensar.model.qwen3 import Qwen3
 
 Kind = Literal["float32", "bfloat16", "int8", "int4"]
 CacheKind = Literal["float32", "bfloat16", "int8"]
 CACHES = {"float32": 0, "bfloat16": 1, "int8": 2}
+GROUP, GROUP_BYTES = 64, 80
+"""Inputs of a row of bytes that share a scale, and what they take with it (gemm.h)."""
 POSITIONS = 1_024
 """Positions of one piece of the tables of angles; each piece is computed alike whenever it is needed."""
 FAULTS = {
@@ -50,8 +52,10 @@ class NativeRunner:
         *,
         cache: CacheKind = "float32",
         threads: int | None = None,
+        pin: bool = False,
     ) -> None:
-        """`threads`: None for one. Raises RunError where the library cannot be built."""
+        """`threads`: None for one; with `pin` they keep to cores of their own, for a machine that serves nothing else.
+        Raises RunError where the library cannot be built."""
         self.model, self.config = model, model.config
         if model.model.embed_tokens.weight.device.type != "cpu":
             raise ConfigError(
@@ -60,7 +64,7 @@ class NativeRunner:
         self.device = torch.device("cpu")
         self.weights, self.cache = weights, cache
         self._library = library()
-        self._team = Team(threads or 1)
+        self._team = Team(threads or 1, pin)
         self._packed = Weights(model, weights, self._team)
         self._changes = Changes(self._packed)
         self._angles = torch.empty(2, 0, self.config.head_dim // 2)
@@ -75,6 +79,11 @@ class NativeRunner:
     def describe(self) -> str:
         """What computes, for the log."""
         return f"{describe()}, weights {self.weights}, cache {self.cache}, {self._team.threads} threads"
+
+    def use_threads(self, threads: int, *, pin: bool = False) -> None:
+        """Computes with so many from now on; results stay the same bits."""
+        self._team = Team(threads, pin)
+        self._packed.team = self._team
 
     def reserve(self, num_pages: int) -> None:
         old = self._store
@@ -107,6 +116,13 @@ class NativeRunner:
     def wipe_pages(self, pages: Ints) -> None:
         self._store[:, torch.from_numpy(pages)] = 0
 
+    def read_pages(self, pages: Ints) -> Tensor:
+        return self._store[:, torch.from_numpy(pages)].transpose(0, 1).reshape(len(pages), -1)
+
+    def write_pages(self, pages: Ints, bytes_PB: Tensor) -> None:
+        layers = bytes_PB.view(len(pages), self.config.num_layers, self._page_bytes)
+        self._store[:, torch.from_numpy(pages)] = layers.transpose(0, 1)
+
     def load(self, weights: Mapping[str, Tensor] | Qwen3) -> None:
         replace_weights(self.model, weights)
         self.refresh()
@@ -115,12 +131,43 @@ class NativeRunner:
         self._changes.set(number, adapter)
         self._struct.adapters = self._changes.places
 
+    def weigh(
+        self, logits_NV: Tensor, temperature_N1: Tensor | None, uniform_N: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num, vocabulary = logits_NV.shape
+        logits_NV = logits_NV.contiguous()
+        ids_N = torch.empty(num, dtype=torch.int64)
+        top_N, total_N = torch.empty(2, num)
+        self._library.pensar_weigh(
+            logits_NV.data_ptr(),
+            num,
+            vocabulary,
+            None if temperature_N1 is None else temperature_N1.contiguous().data_ptr(),
+            uniform_N.contiguous().data_ptr(),
+            ids_N.data_ptr(),
+            top_N.data_ptr(),
+            total_N.data_ptr(),
+            self._team.handle,
+        )
+        return ids_N, top_N, total_N
+
     def page_bytes(self) -> int:
         return int(self.config.num_layers * self._page_bytes)
 
     def weight_bytes(self) -> int:
-        """Memory of the packed weights, which stand beside the module's own."""
-        return self._packed.bytes()
+        """Memory of the module's weights and of the packed ones beside them."""
+        return module_bytes(self.model) + self._packed.bytes()
+
+    def step_bytes(self, tokens: int, texts: int) -> int:
+        """Attention reads the pages where they lie: `texts` takes nothing."""
+        config, copies = self.config, max(1, self.config.experts_per_token)
+        attended = config.num_heads * config.head_dim
+        most = max(config.hidden_size, attended, self._packed.width)
+        values = 2 * config.hidden_size + 2 * attended + 2 * config.num_kv_heads * config.head_dim
+        values += copies * self._packed.width
+        if config.num_experts:
+            values += config.num_experts + copies * config.hidden_size
+        return tokens * (4 * values + copies * -(-most // GROUP) * GROUP_BYTES)
 
     def hidden(self, batch: StepBatch) -> Tensor:
         """The states [S, D] of `run` alone, without adapters."""

@@ -1,5 +1,6 @@
 // One step of the engine: a ragged batch through all layers in one call, phases shared out among a team of threads.
 #include "model.h"
+#include "weigh.h"
 
 #include <algorithm>
 #include <memory>
@@ -323,7 +324,7 @@ int64_t pensar_step(const Model* model, const Batch* batch, Team* team) {
     return 0;
 }
 
-Team* pensar_team(int64_t threads) { return new Team((int)threads); }
+Team* pensar_team(int64_t threads, int64_t pin) { return new Team((int)threads, pin != 0); }
 void pensar_dismiss(Team* team) { delete team; }
 
 int64_t pensar_columns() { return NR; }
@@ -400,6 +401,20 @@ int64_t pensar_read(const uint8_t* from, int64_t bytes) {
     int64_t total = 0;
     for (int i = 0; i < L; i++) total += all[i];
     return total;
+}
+
+// Of each row one draw, its largest score and the sum of its weights; `temperature` may be null for 1.
+void pensar_weigh(
+    const float* x, int64_t rows, int64_t vocabulary, const float* temperature, const float* uniform, int64_t* ids,
+    float* top, float* total, Team* team
+) {
+    team->run([&] {
+        team->each(rows, [&](int64_t i) {
+            const Weighed drawn =
+                weigh(x + i * vocabulary, vocabulary, temperature == nullptr ? 1.0f : temperature[i], uniform[i]);
+            ids[i] = drawn.id, top[i] = drawn.top, total[i] = drawn.total;
+        });
+    });
 }
 
 void pensar_exp(const float* x, int64_t num, float* y) {

@@ -1,6 +1,8 @@
 // Team: threads that do one job together, phase by phase. What is shared out never changes a sum: only whole outputs are.
 #pragma once
 
+#include <pthread.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -12,7 +14,8 @@
 
 class Team {
   public:
-    explicit Team(int threads) : size(threads < 1 ? 1 : threads) {}
+    // With `pin` every thread but the caller stays on one core of those that the caller may use, the last ones first.
+    explicit Team(int threads, bool pin = false) : size(threads < 1 ? 1 : threads), pin(pin) {}
 
     ~Team() {
         if (workers->empty() || owner != getpid()) {
@@ -56,6 +59,7 @@ class Team {
     }
 
     const int size;
+    const bool pin;
 
   private:
     struct Gate {
@@ -79,6 +83,23 @@ class Team {
         next = 0;
         owner = getpid();
         for (int i = 1; i < size; i++) workers->emplace_back([this] { serve(); });
+        if (pin) keep_apart();
+    }
+
+    void keep_apart() {
+#if defined(__linux__)
+        cpu_set_t allowed;
+        if (pthread_getaffinity_np(pthread_self(), sizeof allowed, &allowed) != 0) return;
+        std::vector<int> cores;
+        for (int core = CPU_SETSIZE - 1; core >= 0; core--)
+            if (CPU_ISSET(core, &allowed)) cores.push_back(core);
+        for (size_t i = 0; i < workers->size(); i++) {
+            cpu_set_t one;
+            CPU_ZERO(&one);
+            CPU_SET(cores[i % cores.size()], &one);
+            pthread_setaffinity_np((*workers)[i].native_handle(), sizeof one, &one);
+        }
+#endif
     }
 
     void serve() {

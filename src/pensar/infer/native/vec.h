@@ -12,6 +12,7 @@
 #include <arm_neon.h>
 #endif
 
+#define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
 
 #if defined(PENSAR_GENERIC)
