@@ -1,6 +1,7 @@
 """The native runner computes what the model computes, in every type, and keeps its promises about errors and memory."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -327,10 +328,10 @@ def test_the_number_of_threads_is_what_was_fastest_and_changes_no_bit(monkeypatc
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores can be chosen on Linux alone")
 def test_pinned_threads_keep_to_one_core_each_and_the_caller_to_none():
     free = os.sched_getaffinity(0)
-    before = {int(name) for name in os.listdir("/proc/self/task")}
+    before = {int(path.name) for path in Path("/proc/self/task").iterdir()}
     runner = NativeRunner(build(), threads=3, pin=True)
     logits_of(runner, text(8))
-    made = {int(name) for name in os.listdir("/proc/self/task")} - before
+    made = {int(path.name) for path in Path("/proc/self/task").iterdir()} - before
     pinned = [os.sched_getaffinity(thread) for thread in made]
     assert [len(cores) for cores in pinned] == [1, 1]
     assert all(cores <= free for cores in pinned)

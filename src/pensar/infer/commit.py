@@ -41,14 +41,10 @@ class Commit:
         state = self._rows.state
         self._version, self._ended = version, {}
         self._scheduler.computed(plan)
-        ends = np.cumsum(plan.wanted)
-        every = np.flatnonzero(state["every"][plan.rows])
-        for at in every.tolist():
-            first = int(ends[at] - plan.wanted[at])
-            self._score(int(plan.rows[at]), output.logits_SV[first : int(ends[at])])
-        complete = np.flatnonzero(state["computed"][plan.rows] == state["total"][plan.rows])
-        rows_A, drafts_A = plan.rows[complete], plan.drafts[complete]
-        first_A = ends[complete] - drafts_A - 1
+        if plan.plain:
+            rows_A, drafts_A, first_A = plan.rows, plan.drafts, np.arange(len(plan.rows))
+        else:
+            rows_A, drafts_A, first_A = self._complete(plan, output)
         joined, whom = self._scheduler.joined(rows_A)
         if len(joined):
             rows_A, first_A = np.concatenate((rows_A, joined)), np.concatenate((first_A, first_A[whom]))
@@ -64,6 +60,19 @@ class Commit:
         self._scheduler.publish()
         for row in sorted(self._ended, reverse=True):  # downwards: the last row fills a gap
             self._retire(row, *self._ended[row])
+
+    def _complete(self, plan: Plan, output: StepOutput) -> tuple[Ints, Ints, Ints]:
+        """Scores what is asked for, and says of the rows whose text is in the cache which they are, how many drafts
+        stand behind it, and where their first logits are."""
+        state = self._rows.state
+        ends = np.cumsum(plan.wanted)
+        every = np.flatnonzero(state["every"][plan.rows])
+        for at in every.tolist():
+            first = int(ends[at] - plan.wanted[at])
+            self._score(int(plan.rows[at]), output.logits_SV[first : int(ends[at])])
+        complete = np.flatnonzero(state["computed"][plan.rows] == state["total"][plan.rows])
+        drafts_A = plan.drafts[complete]
+        return plan.rows[complete], drafts_A, ends[complete] - drafts_A - 1
 
     def _allot(self, rows_A: Ints, first_A: Ints, hidden_SD: Tensor, adaptive: AdaptiveBudget) -> None:
         """Sets the budgets of replies that are about to begin."""
@@ -114,20 +123,20 @@ class Commit:
             allowed_MV, self._rules_of(rows_M, raw_MV.device), uniform, self._scheduler.runner.weigh
         )
         ids_M, sound_M = draw.ids.cpu().numpy(), draw.sound.cpu().numpy()
-        going = np.arange(len(rows_A))
+        rows, at = rows_A, offset_A
         for turn in range(most + 1):
-            rows, at = rows_A[going], offset_A[going] + turn
-            guesses = self._rows.tokens[rows, np.minimum(state["total"][rows], state["limit"][rows] - 1)]
             ids, sound = ids_M[at], sound_M[at]
             if not sound.all():
                 self._fail(rows[~sound], at[~sound], raw_MV)
-            on = self._settle(rows, ids, sound, at, raw_MV)
             if turn == most:
+                self._settle(rows, ids, sound, at, raw_MV)
                 break
-            kept = on & (drafts_A[going] > turn) & (guesses == ids)
-            state["computed"][rows[kept]] += 1
-            going = going[kept]
-            if not len(going):
+            guesses = self._rows.tokens[rows, np.minimum(state["total"][rows], state["limit"][rows] - 1)]
+            kept = self._settle(rows, ids, sound, at, raw_MV)
+            kept &= (drafts_A > turn) & (guesses == ids)
+            rows, at, drafts_A = rows[kept], at[kept] + 1, drafts_A[kept]
+            state["computed"][rows] += 1
+            if not len(rows):
                 break
 
     def _settle(self, rows: Ints, ids: Ints, sound: Bools, at: Ints, raw_MV: Tensor) -> Bools:
@@ -155,11 +164,12 @@ class Commit:
                 if (constraint := self._rows.constraints[row]) is not None:
                     constraint.accept(token)
         stopped |= self._spelled(rows, ids)
-        self._end(rows[stopped], "stop")
-        full = (state["total"][rows] >= state["limit"][rows]) & ~stopped
-        self._end(rows[full], "length")
+        ended = stopped | (state["total"][rows] >= state["limit"][rows])
+        if ended.any():
+            self._end(rows[ended & ~stopped], "length")
+            self._end(rows[stopped], "stop")
         on = usual
-        on[usual] = ~stopped & ~full
+        on[usual] = ~ended
         return on
 
     def _note(self, rows: Ints, ids: Ints, at: Ints, raw_MV: Tensor) -> None:
@@ -170,6 +180,8 @@ class Commit:
         logits = raw_MV if len(at) == len(raw_MV) else raw_MV[torch.from_numpy(at).to(raw_MV.device)]
         values = logprobs(logits, torch.from_numpy(ids).to(raw_MV.device)).cpu().numpy()
         self._rows.logprobs[rows, state["total"][rows]] = values
+        if state["plain"][rows].all():
+            return
         for index, row in enumerate(rows.tolist()):
             tops = self._rows.tops[row]
             if tops is not None:
@@ -201,9 +213,9 @@ class Commit:
 
     def _constrained(self, rows_A: Ints, drafts_A: Ints, offset_A: Ints, raw_MV: Tensor) -> Tensor:
         """The logits after what requests ask for beside plain rules, each draft taken to be right."""
-        chosen = [self._rows.constraints[row] for row in rows_A.tolist()]
-        if not any(chosen):
+        if not any(self._rows.constraints):
             return raw_MV
+        chosen = [self._rows.constraints[row] for row in rows_A.tolist()]
         total_A = self._rows.state["total"][rows_A]
         drafts = [
             self._rows.tokens[row, total : total + count].tolist()

@@ -101,7 +101,7 @@ class Request(msgspec.Struct, frozen=True):
     """Only requests with equal salts share what is in the cache, so that its speed tells nobody of others' texts."""
 
 
-class Piece(msgspec.Struct, frozen=True, kw_only=True):
+class Piece(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one step added to one request."""
 
     id: str

@@ -95,6 +95,7 @@ class RunningRows:
         state["adapter"], state["user"], state["priority"] = adapter, user, request.priority
         state["arrival"], state["deadline"] = entry.arrival, entry.deadline
         self.tokens[row, : len(prompt)] = prompt
+        self.forced[row] = False
         stops = (*(() if params.ignore_eos else self._end_ids), *params.stop_ids)
         self._stops = _widened(self._stops, len(stops), NO_TOKEN)
         self._stops[row] = NO_TOKEN
@@ -132,7 +133,6 @@ class RunningRows:
         numbers = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
         at = self.state["total"][numbers]
         self.tokens[numbers, at] = ids
-        self.forced[numbers, at] = False
         self.versions[numbers, at] = version
         self.state["total"][numbers] = at + 1
 
@@ -178,6 +178,8 @@ class RunningRows:
 
     def thinking_left(self, rows: Ints) -> list[int | None]:
         """What is left of each row's thinking budget; None without one."""
+        if self._thinking is None:
+            return [None] * len(rows)
         budget, reasoning = self.state["budget"][rows], self.state["reasoning"][rows]
         left = np.where(self.state["phase"][rows] <= THINKING, np.maximum(budget - reasoning, 0), 0)
         return [
@@ -225,6 +227,7 @@ class RunningRows:
             self._stops[row] = self._stops[last]
             for array in (self.tokens, self.logprobs, self.forced, self.versions):
                 array[row, :total] = array[last, :total]
+            self.forced[row, total:] = False
             self.pages[row, :pages] = self.pages[last, :pages]
             for values in lists:
                 values[row] = values[last]

@@ -19,6 +19,7 @@ from pensar.infer.step import PAGE, Runner, StepBatch
 MAX_LOGITS = 2**26
 """Logits of one step where those of all tokens of a chunk are wanted: 256 MiB."""
 NO_ADAPTER = -1
+NONE: Ints = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +33,14 @@ class Plan:
     """[R]: how many of them are guesses that stand behind the row's text."""
     wanted: Ints
     """[R]: of how many of the last of them logits are wanted."""
+    plain: bool = False
+    """Every row adds one token of its text, and a token is drawn for each."""
 
     def part(self, chosen: slice) -> "Plan":
         """Some of its rows."""
-        return Plan(self.rows[chosen], self.counts[chosen], self.drafts[chosen], self.wanted[chosen])
+        return Plan(
+            self.rows[chosen], self.counts[chosen], self.drafts[chosen], self.wanted[chosen], self.plain
+        )
 
 
 class Scheduler:
@@ -134,6 +139,10 @@ class Scheduler:
         self._give_pages(rows, need)
         state = self.rows.state
         guesses = np.zeros(len(rows), np.int64) if drafts is None else drafts[rows]
+        if drafts is None and len(rows) == self.rows.num and (counts == 1).all():
+            running = state[: self.rows.num]
+            if (running["computed"] + 1 == running["total"]).all() and not running["every"].any():
+                return Plan(rows, counts, guesses, counts, plain=True)
         complete = state["computed"][rows] + counts[rows] - guesses == state["total"][rows]
         wanted = np.where(complete, guesses + 1, 0)
         return Plan(rows, counts[rows], guesses, np.where(state["every"][rows], counts[rows], wanted))
@@ -144,12 +153,12 @@ class Scheduler:
         computed = state["computed"][plan.rows]
         starts = np.zeros(num + 1, np.int64)
         np.cumsum(plan.counts, out=starts[1:])
-        if starts[-1] == num:
+        if plan.plain or starts[-1] == num:
             row_N, position_N = plan.rows, computed
         else:
             row_N = np.repeat(plan.rows, plan.counts)
             position_N = np.arange(starts[-1]) + np.repeat(computed - starts[:-1], plan.counts)
-        if (plan.wanted == 1).all():
+        if plan.plain or (plan.wanted == 1).all():
             wanted_S = starts[1:] - 1
         else:
             ends = np.cumsum(plan.wanted)
@@ -196,7 +205,9 @@ class Scheduler:
         as an index into `leaders`. They share its full pages and get a copy of the last."""
         rows: list[int] = []
         sources: list[int] = []
-        for index, leader in enumerate(leaders.tolist() if self._leaders else ()):
+        if not self._leaders:
+            return NONE, NONE
+        for index, leader in enumerate(leaders.tolist()):
             name = self.rows.requests[leader].id
             prompt = self.rows.tokens[leader, : int(self.rows.state["prompt"][leader])]
             key = self.rows.keys[leader][0] + prompt.tobytes()
