@@ -18,9 +18,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.engine_budgets import budgets
 from benchmarks.engine_costs import memory, overhead, startup, sync
 from benchmarks.engine_mismatch import mismatch
 from benchmarks.engine_rollouts import rollouts
+from benchmarks.engine_soak import soak
+from benchmarks.engine_speculation import speculation
 from benchmarks.engine_speeds import speeds
 from benchmarks.engine_spill import spill
 
@@ -33,6 +36,9 @@ METRICS: Mapping[str, Callable[[bool], Iterator[Line]]] = {
     "sync": sync,
     "spill": spill,
     "mismatch": mismatch,
+    "soak": soak,
+    "budgets": budgets,
+    "speculation": speculation,
 }
 
 

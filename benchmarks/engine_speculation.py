@@ -1,17 +1,21 @@
-"""Speculative decoding at batch 1 and 16: the same replies with guesses and without, by CPU-time of one thread.
+"""Speculative decoding at batch 1 and 4: the same replies with guesses and without, by CPU-time of one thread.
 
-    python -m benchmarks.engine_speculation [--quick]
-
-The models are trained first, which takes ten minutes, and kept under build/ for the next time. They learn documents
-of records that are listed and then listed again with one word changed: an open record is hard to foresee but for its
-form, a closed one can be copied. The target has 11 million parameters, the student that drafts for it 0.4 million and
+The models are trained first, in three minutes, and kept under build/ for the next time. They learn documents of
+records that are listed and then listed again with one word changed: an open record is hard to foresee but for its form,
+a closed one can be copied. The target has 3.3 million parameters, the student that drafts for it 0.15 million and
 learns from its distribution, the draft head learns from the target's own documents. `lookup` copies from the text, on
 prompts that end where the second list begins; the others go on from prompts that end within the first list. Every line
 is the median over interleaved rounds, on the native runner where it can be built.
+
+Guesses pay where a pass of the target costs much more than they do. So the target is measured as it was trained, and
+once more with 24 layers, of which those that were added compute and add nothing: the same replies and the same guesses
+at the cost of 17 million parameters.
+
+`limit` is what guesses that cost nothing would give: tokens of a pass over the cost of a pass of as many tokens as it
+had on average, in passes of one token. `pass_cost` has these costs: where reading the weights is all that a pass costs
+they are near 1, where products are it is the number of tokens, and nothing can be won.
 """
 
-import argparse
-import json
 import random
 import statistics
 import time
@@ -32,9 +36,9 @@ from pensar.infer.drafts.proposer import Proposer
 from pensar.infer.engine import Engine, Request, SamplingParams
 from pensar.infer.native.runner import NativeRunner
 from pensar.infer.speculate import Speculation
-from pensar.infer.step import Runner
+from pensar.infer.step import PAGE, Runner, StepBatch
 from pensar.infer.torch_runner import TorchRunner
-from pensar.model.config import ModelConfig
+from pensar.model.config import ModelConfig, replace
 from pensar.model.draft_head import DraftHead, initialize_head
 from pensar.model.qwen3 import Qwen3, initialize
 from pensar.model.weights import load_model, save_model
@@ -51,11 +55,14 @@ Line = dict[str, Any]
 FIRST = "Ada Ben Cleo Dan Eva Finn Gus Hana Ivo Joy Kai Lea Max Nia Oto Pia".split()
 LAST = "Adams Brown Clark Davis Evans Frank Green Hill Irwin Jones King Lewis Moore Nolan Owens Price".split()
 CITIES = "Paris Rome Oslo Lima Cairo Delhi Tokyo Bern Quito Accra Seoul Porto".split()
-SHAPES: Mapping[str, tuple[int, int]] = {"target": (384, 6), "student": (128, 2)}
-QUICK_SHAPES: Mapping[str, tuple[int, int]] = {"target": (128, 3), "student": (64, 1)}
+SHAPES: Mapping[str, tuple[int, int]] = {"target": (256, 4), "student": (64, 1)}
+QUICK_SHAPES: Mapping[str, tuple[int, int]] = {"target": (128, 2), "student": (64, 1)}
 NEW = 96
-BATCHES = (1, 16)
-TARGET = 1.8
+BATCHES = (1, 4)
+DEEP = 24
+"""Layers of the target when it is to cost what a larger model does."""
+PASSES = (1, 2, 3, 4, 5, 7, 9)
+"""Tokens of a row in a pass, the guesses among them."""
 Text = Callable[[random.Random], str]
 
 
@@ -80,20 +87,32 @@ def speculation(quick: bool) -> Iterator[Line]:
     tokenizer = train_tokenizer([document(random.Random(n)) for n in range(300)], 512)
     shapes, steps = (QUICK_SHAPES, 60) if quick else (SHAPES, 120)
     target, student, head = models(tokenizer, shapes, steps)
-    rounds = 3 if quick else 7
+    for model, temperatures in ((target, (0.0, 0.8)), (deepened(target, DEEP), (0.8,))):
+        yield from _lines(model, student, head, tokenizer, 3 if quick else 7, temperatures)
+
+
+def _lines(
+    target: Qwen3,
+    student: Qwen3,
+    head: DraftHead,
+    tokenizer: Tokenizer,
+    rounds: int,
+    temperatures: Sequence[float],
+) -> Iterator[Line]:
+    costs = {batch: pass_costs(target, batch, rounds) for batch in BATCHES}
     proposers: dict[str, Callable[[], Proposer]] = {
         "lookup": lambda: Lookup(shortest=3),
         "draft_model": lambda: DraftModel(runner_of(student)),
         "head": lambda: HeadDrafts(head, target),
     }
     for batch in BATCHES:
-        for temperature in (0.0, 0.8):
+        for temperature in temperatures:
             for name, proposer in proposers.items():
                 ends = 2 if name == "lookup" else 1
                 asked = [
                     requests(tokenizer, number, batch, temperature, ends) for number in range(rounds + 1)
                 ]
-                yield measured(f"speculation_{name}", target, proposer, asked, batch, temperature)
+                yield measured(name, target, proposer, asked, batch, temperature, costs[batch])
 
 
 def requests(tokenizer: Tokenizer, number: int, batch: int, temperature: float, ends: int) -> list[Request]:
@@ -108,12 +127,13 @@ def requests(tokenizer: Tokenizer, number: int, batch: int, temperature: float, 
 
 
 def measured(
-    metric: str,
+    name: str,
     target: Qwen3,
     proposer: Callable[[], Proposer],
     asked: Sequence[Sequence[Request]],
     batch: int,
     temperature: float,
+    costs: Mapping[int, float],
 ) -> Line:
     """The first set warms up; both engines answer each other one, and their replies are compared."""
     plain, guessing = (Engine(runner_of(target), slots=batch) for _ in range(2))
@@ -130,23 +150,55 @@ def measured(
         same += sum(left == right for left, right in zip(*replies, strict=True))
         total += len(requested)
     ours, theirs = seconds[guessing], seconds[plain]
+    tried, kept = (sum(values) for values in (guesser.acceptance.tried, guesser.acceptance.kept))
+    passes = max(1, guesser.acceptance.passes)
+    cost = float(np.interp(1 + tried / passes, list(costs), list(costs.values())))
     return line(
-        f"{metric}_batch_{batch}" + ("" if temperature else "_greedy"),
+        f"speculation_{name}_{target.config.num_layers}_layers_batch_{batch}"
+        + ("" if temperature else "_greedy"),
         1 / statistics.median(ours),
         1 / statistics.median(theirs),
         "the same engine without guesses",
         "tokens / CPU-second",
         ratio=median_ratio(ours, theirs),
-        target=TARGET if batch == 1 else None,
+        limit=guesser.acceptance.tokens_per_pass / cost / statistics.median(theirs),
         temperature=temperature,
         runner=type(guessing.runner).__name__,
-        tokens_per_pass=round(guesser.acceptance.tokens_per_pass, 3),
+        guesses_per_pass=round(tried / passes, 3),
+        kept_per_pass=round(kept / passes, 3),
+        kept_of_guesses=round(kept / max(1, tried), 3),
+        pass_cost={str(tokens): round(value, 3) for tokens, value in costs.items()},
         kept_by_place=[
             round(kept / tried, 3)
             for kept, tried in zip(guesser.acceptance.kept, guesser.acceptance.tried, strict=True)
         ],
         same_replies=f"{same} of {total}",
     )
+
+
+def pass_costs(target: Qwen3, batch: int, rounds: int, lengths: int = 160) -> dict[int, float]:
+    """CPU-time of passes of so many tokens of each of `batch` texts, their logits included, relative to one token."""
+    runner = runner_of(target)
+    pages = -(-(lengths + max(PASSES)) // PAGE)
+    runner.reserve(1 + batch * pages)
+    pages_RP = 1 + np.arange(batch * pages).reshape(batch, pages)
+    seconds: dict[int, list[float]] = {tokens: [] for tokens in PASSES}
+    for number in range(20 * rounds):
+        for tokens in (lengths, *PASSES) if not number else PASSES:
+            first = 0 if tokens == lengths else lengths
+            step = StepBatch(
+                tokens_N=np.random.default_rng(number).integers(0, target.config.vocab_size, batch * tokens),
+                positions_N=np.tile(first + np.arange(tokens), batch),
+                starts=tokens * np.arange(batch + 1),
+                lengths_R=np.full(batch, first + tokens),
+                pages_RP=pages_RP,
+                wanted_S=np.arange(batch * tokens),
+            )
+            start = time.process_time()
+            runner.run(step)
+            if tokens in seconds:
+                seconds[tokens].append(time.process_time() - start)
+    return {tokens: statistics.median(seconds[tokens]) / statistics.median(seconds[1]) for tokens in PASSES}
 
 
 def runner_of(model: Qwen3) -> Runner:
@@ -201,6 +253,20 @@ def trained(tokenizer: Tokenizer, shape: tuple[int, int], steps: int, teacher: Q
     return model.eval()
 
 
+def deepened(model: Qwen3, num_layers: int) -> Qwen3:
+    """The same function by more layers: those behind add nothing, and are computed all the same."""
+    deep = Qwen3(replace(model.config, num_layers=num_layers)).eval()
+    initialize(deep, 0)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in deep.named_parameters():
+            if name in own:
+                parameter.copy_(own[name])
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.zero_()
+    return deep
+
+
 def head_of(model: Qwen3, tokenizer: Tokenizer, steps: int) -> DraftHead:
     """Trained on documents that the model writes itself."""
     model.requires_grad_(requires_grad=False)
@@ -228,16 +294,3 @@ def _sample(tokens: Sequence[int], *, taught: bool) -> Sample:
     ones[0] = 0
     ids = np.asarray(tokens, np.int32)
     return Sample(tokens=ids, kl=ones) if taught else Sample(tokens=ids, ce=ones)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="smaller models, fewer rounds")
-    for row in speculation(parser.parse_args().quick):
-        print(json.dumps(row), flush=True)
-
-
-if __name__ == "__main__":
-    main()

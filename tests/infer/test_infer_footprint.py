@@ -25,7 +25,10 @@ def test_what_torch_takes_is_weights_cache_and_activations():
     engine = Engine(TorchRunner(model), slots=2, max_tokens_per_slot=32, step_tokens=256)
     said, config = engine.footprint, model.config
     assert said.weights == 4 * parameters(config).total
-    assert said.cache == engine.pool.num_pages * 16 * config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4
+    assert (
+        said.cache
+        == engine.pool.num_pages * 16 * config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4
+    )
     logits = 3 * 2 * config.vocab_size * 4
     assert said.step == 256 * (2 * config.hidden_size + 4 * config.intermediate_size) * 4 + logits
 

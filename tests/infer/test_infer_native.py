@@ -118,7 +118,9 @@ def test_draws_are_those_of_the_inverse_distribution_in_float64(vocabulary, temp
     uniform = torch.rand(200, generator=generator)
     degrees = None if temperature is None else torch.full((200, 1), temperature)
     ids, top, total = NativeRunner(build()).weigh(scores, degrees, uniform)
-    weights = np.exp((scores.double().numpy() - scores.double().amax(1, keepdim=True).numpy()) / (temperature or 1))
+    weights = np.exp(
+        (scores.double().numpy() - scores.double().amax(1, keepdim=True).numpy()) / (temperature or 1)
+    )
     sums = weights.cumsum(1)
     wanted = uniform.double().numpy() * sums[:, -1]
     assert torch.equal(top, scores.amax(1))

@@ -29,5 +29,5 @@ def test_a_served_model_is_sampled_as_its_directory_says(model_folder: Path, tmp
     assert params(generation, temperature=0.0, top_k=1).temperature == 0.0
     assert params(generation, enable_thinking=False).temperature == DIRECT_DEFAULTS.temperature
     # A text that is merely continued is not an answer: only the ends hold there.
-    (raw,) = completion_params(CompletionRequest(prompt="Two"), 10, 100, generation, logprobs=False)
+    (raw,) = completion_params(CompletionRequest(prompt="Two"), 10, 100, generation)
     assert (raw.temperature, raw.top_k, raw.stop_ids) == (1.0, 0, (7, 9))

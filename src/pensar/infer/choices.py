@@ -49,9 +49,10 @@ def mean_logprob(completion: Completion) -> float:
     """Mean log-probability of the tokens that the model drew itself; minus infinity where it failed or drew none."""
     if completion.finish_reason == "error":
         return -math.inf
-    drawn = [
-        value
-        for value, forced in zip(completion.logprobs, completion.forced, strict=True)
-        if not forced and not math.isnan(value)
-    ]
+    return mean_of_drawn(completion.logprobs, completion.forced)
+
+
+def mean_of_drawn(logprobs: Sequence[float], forced: Sequence[bool]) -> float:
+    """The same of a reply's log-probabilities, given which tokens were forced."""
+    drawn = [value for value, put in zip(logprobs, forced, strict=True) if not put and not math.isnan(value)]
     return sum(drawn) / len(drawn) if drawn else -math.inf

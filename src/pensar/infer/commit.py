@@ -98,7 +98,8 @@ class Commit:
                 logprobs(known, ids).cpu().numpy()
             )
             tops = self._rows.tops[row]
-            skipped = max(0, int(state["prompt"][row]) - start - 1)
+            # What a request had before it gave way is not scored twice.
+            skipped = max(0, int(state["prompt"][row]) + len(tops or ()) - start - 1)
             if tops is not None and skipped < len(targets):
                 tops += _likeliest(known[skipped:], self._rows.requests[row].params.top_logprobs)
         if stop == total:

@@ -30,6 +30,7 @@ from pensar.infer.request import (
     Request,
     SamplingParams,
     checked_prompt,
+    known_part,
     piece_of,
 )
 from pensar.infer.rows import RunningRows
@@ -170,7 +171,7 @@ class Engine:
             return entry.ended("abort")
         row = self.rows.index.get(name)
         if row is not None:
-            completion = self.rows.completion(row, "abort")
+            completion = known_part(self.rows.completion(row, "abort"))
             self._live.discard(name)
             self.scheduler.release(row)
             return completion
@@ -322,7 +323,7 @@ class Engine:
     def _expire(self) -> None:
         now = self._clock()
         for entry in self.scheduler.queue.expired(now):
-            self._finished[entry.request.id] = (entry.ended("deadline"), 0)
+            self._finished[entry.request.id] = (entry.ended("deadline"), entry.reported)
             self._live.discard(entry.request.id)
         late = np.flatnonzero(self.rows.state["deadline"][: self.rows.num] <= now)
         for row in late[::-1].tolist():
@@ -331,7 +332,7 @@ class Engine:
     def _retire(self, row: int, reason: FinishReason, error: str | None, broken: bool) -> None:
         """Ends a row's reply; its place is filled by the last row."""
         name = self.rows.requests[row].id
-        completion = self.rows.completion(row, reason, error=error)
+        completion = known_part(self.rows.completion(row, reason, error=error))
         reported = int(self.rows.state["reported"][row] - self.rows.state["prompt"][row])
         self._finished[name] = (completion, reported)
         self._live.discard(name)

@@ -12,10 +12,11 @@ from pensar.base.errors import ConfigError, ModelError
 from pensar.base.files import seed_of
 from pensar.infer.adaptive import AdaptiveBudget
 from pensar.infer.budget import THINKING, Thinking
+from pensar.infer.cuda.runner import CudaRunner
 from pensar.infer.engine import Completion, Engine, Request, SamplingParams
 from pensar.infer.generation import read_generation
 from pensar.infer.request import FinishReason, Grammar, Ints, checked_tokens
-from pensar.infer.runners import Weights, runner_for
+from pensar.infer.runners import Cache, Weights, runner_for
 from pensar.infer.score import score
 from pensar.infer.speculate import speculation
 from pensar.infer.spill import SpillConfig
@@ -99,7 +100,8 @@ class LLM:
     """A Qwen3-style Hugging Face directory with its tokenizer and an engine; not thread-safe.
 
     `dtype` None means float32 on a CPU, where 16-bit products are slower, and the file's own type elsewhere. `weights`
-    in "int8" or "int4" answers faster on a CPU, and rounds; `adapters` are LoRA folders by the names that requests
+    in "int8" or "int4" answers faster on a CPU, and rounds; a `cache` in "bfloat16" or "int8" holds longer texts; `threads`
+    None are as many as are fastest, and `pin` keeps each on its core; `adapters` are LoRA folders by the names that requests
     use. Tokens are guessed ahead, which changes no reply, by `lookup` in the text, by a smaller model (`draft`) or by a
     trained head (`draft_head`). The cache's old pages go to a `spill`. A `runner` has the folder's weights already, for
     instance on several ranks.
@@ -115,6 +117,9 @@ class LLM:
         slots: int = 64,
         max_tokens_per_slot: int | None = None,
         weights: Weights = "as_is",
+        cache: Cache = "as_is",
+        threads: int | None = None,
+        pin: bool = False,
         adapters: Mapping[str, Path | str] | None = None,
         lookup: bool = False,
         draft: Path | str | None = None,
@@ -130,9 +135,14 @@ class LLM:
         if dtype is None and torch.device(device).type == "cpu":
             dtype = torch.float32
         if runner is None:
-            runner = runner_for(load_model(folder, device=device, dtype=dtype), weights)
-        elif weights != "as_is":
-            raise ConfigError(f"weights={weights!r} and a runner, which has its own; give one of them")
+            model = load_model(folder, device=device, dtype=dtype)
+            runner = runner_for(model, weights, cache=cache, threads=threads, pin=pin)
+            if isinstance(runner, CudaRunner):
+                runner.warm_up(slots)  # before the cache takes what memory is free
+        elif weights != "as_is" or cache != "as_is":
+            raise ConfigError(
+                f"weights={weights!r} and cache={cache!r} with a runner, which has its own; give one of them"
+            )
         self.model = runner.model
         self.tokenizer = Tokenizer.load(folder)
         self.engine = Engine(

@@ -114,6 +114,11 @@ class Outbox:
         """The last number that no crash can take away."""
         return self._durable
 
+    @property
+    def last(self) -> int:
+        """The last number that was given out."""
+        return self._last
+
     def append(self, record: UsageRecord) -> int:
         """Takes a record, to be written soon; returns its number. RunError where too many wait for the disk."""
         with self._changed:

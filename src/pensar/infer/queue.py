@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pensar.infer.request import Completion, FinishReason, Ints, Request
+from pensar.infer.request import Completion, FinishReason, Ints, Request, known_part
 
 if TYPE_CHECKING:
     from pensar.infer.constraint import Constraint
@@ -46,8 +46,13 @@ class Entry:
     def ended(self, reason: FinishReason) -> Completion:
         """What it has so far, as its end."""
         if self.resumed is not None:
-            return msgspec.structs.replace(self.resumed.completion, finish_reason=reason)
+            return msgspec.structs.replace(known_part(self.resumed.completion), finish_reason=reason)
         return Completion(tokens=[], logprobs=[], forced=[], finish_reason=reason)
+
+    @property
+    def reported(self) -> int:
+        """Tokens of the reply that the caller has."""
+        return 0 if self.resumed is None else int(self.resumed.state["reported"]) - len(self.prompt)
 
     @property
     def num_tokens(self) -> int:
@@ -78,7 +83,8 @@ class WaitingQueue:
         self._users: dict[str, int] = {}
         self._served: npt.NDArray[np.float64] = np.zeros(16)
         self._entries: dict[str, Entry] = {}
-        self._deadlines: list[tuple[float, int, Entry]] = []
+        # Names: an entry that has left is not kept until its time would have come, and comes again when it gave way.
+        self._deadlines: list[tuple[float, int, str]] = []
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -103,7 +109,7 @@ class WaitingQueue:
         user.num_waiting += 1
         self._entries[request.id] = entry
         if entry.deadline < math.inf:
-            heapq.heappush(self._deadlines, (entry.deadline, entry.arrival, entry))
+            heapq.heappush(self._deadlines, (entry.deadline, entry.arrival, request.id))
 
     def first(self) -> Entry | None:
         """The entry whose turn it is."""
@@ -133,10 +139,15 @@ class WaitingQueue:
     def expired(self, now: float) -> list[Entry]:
         """Takes out the entries whose deadline has passed."""
         found = []
-        while self._deadlines and (self._deadlines[0][0] <= now or not self._deadlines[0][2].live):
-            entry = heapq.heappop(self._deadlines)[2]
-            if entry.live:
-                found.append(self.remove(entry.request.id))
+        while self._deadlines:
+            deadline, arrival, name = self._deadlines[0]
+            entry = self._entries.get(name)
+            waits = entry is not None and entry.arrival == arrival
+            if waits and deadline > now:
+                break
+            heapq.heappop(self._deadlines)
+            if waits:
+                found.append(self.remove(name))
         return found
 
     def number(self, user: str) -> int:
@@ -149,7 +160,7 @@ class WaitingQueue:
 
     def charge(self, users: Ints, weighted_tokens: npt.NDArray[np.float64]) -> None:
         """Counts what the users with these numbers were served; one may occur several times."""
-        np.add.at(self._served, users, weighted_tokens)
+        self._served += np.bincount(users, weighted_tokens, len(self._served))
 
     def served(self, user: str) -> float:
         """Weighted tokens of a user so far."""

@@ -176,6 +176,20 @@ def piece_of(
     )
 
 
+def known_part(completion: Completion) -> Completion:
+    """A reply that ends early, up to the first token whose log-probability was asked for and not computed yet."""
+    stop = next((at for at, value in enumerate(completion.logprobs) if math.isnan(value)), None)
+    if stop is None:
+        return completion
+    return msgspec.structs.replace(
+        completion,
+        tokens=completion.tokens[:stop],
+        logprobs=completion.logprobs[:stop],
+        forced=completion.forced[:stop],
+        top_logprobs=completion.top_logprobs[:stop],
+    )
+
+
 def checked_prompt(request: Request, vocab_size: int, max_positions: int) -> Ints:
     """The prompt as an array; ModelError where the model cannot serve the request."""
     name = f"request {request.id}"

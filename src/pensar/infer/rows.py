@@ -142,6 +142,7 @@ class RunningRows:
         count = min(len(ids), int(self.state["limit"][row]) - start)
         self.tokens[row, start : start + count] = ids[:count]
         self.forced[row, start : start + count] = True
+        self.logprobs[row, start + 1 : start + count] = np.nan  # until they are computed
         self.versions[row, start : start + count] = version
         self.state["total"][row] = start + count
         return count
@@ -171,7 +172,10 @@ class RunningRows:
             num_cached_tokens=int(state["cached"]),
             version=int(self.versions[row, stop - 1]) if stop > prompt else 0,
             top_logprobs=[] if tops is None else tops[start - prompt : stop - prompt],
-            prompt_logprobs=self.logprobs[row, :prompt].tolist() if request.params.prompt_logprobs else [],
+            # They are known where anything of the reply is.
+            prompt_logprobs=self.logprobs[row, :prompt].tolist()
+            if request.params.prompt_logprobs and state["total"] > prompt
+            else [],
             stopped_at=self._stopped_at(row),
             error=error,
         )
@@ -255,8 +259,7 @@ class RunningRows:
         if self.tops[row] is not None:
             self.tops[row] = list(reply.top_logprobs)
         # Log-probabilities of forced tokens may not have been computed yet.
-        known = int(resumed.state["computed"]) + 1
-        if self.state["logprobs"][row] and known < stop:
+        if np.isnan(reply.logprobs).any():
             self.state["every"][row] = True
 
     def _widen(self, length: int) -> None:

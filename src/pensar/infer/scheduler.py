@@ -215,8 +215,6 @@ class Scheduler:
                 continue
             del self._leaders[key]
             for follower in self._followers.pop(name, ()):
-                if follower not in self.rows.index:
-                    continue
                 row = self.rows.index[follower]
                 self.rows.state["follows"][row] = False
                 if self._join(leader, row):
@@ -314,14 +312,20 @@ class Scheduler:
                 rows.state["cached"][row] = len(pages) * PAGE
 
     def _abdicate(self, row: int) -> None:
-        """A row that others follow leaves before its prompt is computed: the first of them takes its place."""
+        """A row that others follow leaves before its prompt is computed: the first of them takes its place.
+
+        One that follows is followed no more: its name may come back with another prompt.
+        """
         name = self.rows.requests[row].id
         prompt = self.rows.tokens[row, : int(self.rows.state["prompt"][row])]
         key = self.rows.keys[row][0] + prompt.tobytes()
-        if self._leaders.get(key) != name:
+        leader = self._leaders.get(key)
+        if leader is not None and self.rows.state["follows"][row]:
+            self._followers[leader].remove(name)
+        if leader != name:
             return
         del self._leaders[key]
-        waiting = [other for other in self._followers.pop(name, ()) if other in self.rows.index]
+        waiting = self._followers.pop(name, [])
         if waiting:
             self.rows.state["follows"][self.rows.index[waiting[0]]] = False
             self._leaders[key] = waiting[0]

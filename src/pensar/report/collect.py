@@ -8,8 +8,10 @@ import msgspec
 
 from pensar.base.attempt import DRAFT_SUFFIX
 from pensar.base.errors import DataError
+from pensar.base.files import read_jsonl
 from pensar.base.identity import LOGS
 from pensar.base.manifest import FOLDER as FOLDER_NAME
+from pensar.evaluate.statistics import share
 from pensar.report.choice import RESULTS, Chosen, choose
 from pensar.report.compare import compared, headline, with_changes
 from pensar.report.contents import (
@@ -19,12 +21,14 @@ from pensar.report.contents import (
     FunnelRow,
     LanguageRow,
     Languages,
+    LearnedBudgets,
     Report,
     Results,
     Scaling,
     StageRow,
     Target,
     Training,
+    WayPoint,
 )
 from pensar.report.records import Record, read_record, training
 from pensar.train.prediction import FILE as PREDICTION
@@ -32,6 +36,8 @@ from pensar.train.prediction import Prediction, hyperparameters, ladder, read_pr
 
 EXPERTS = "experts.json"
 """What a stage writes that trained a mixture of experts."""
+BUDGETS = "budget_curve.jsonl"
+"""What the stage writes that learned thinking budgets."""
 OUTSIDE = {"und": "undetermined", "zxx": "program code"}
 """Codes of ISO 639 that name no human language."""
 
@@ -67,6 +73,7 @@ def collect(run: Path, shown: Sequence[Path] = ()) -> Report:
         scaling=_scaling(artifacts),
         training=trainings,
         experts=_experts(artifacts),
+        learned_budgets=_learned_budgets(artifacts),
         evaluated=results is not None,
         versions=_versions(artifacts),
         **{field: getattr(known, field) for field in Results.__struct_fields__},
@@ -165,6 +172,19 @@ def _experts(artifacts: Sequence[Chosen]) -> list[ExpertShares]:
                 f"`pensar run RECIPE --from {one.stage}`"
             ) from None
     return found
+
+
+def _learned_budgets(artifacts: Sequence[Chosen]) -> LearnedBudgets | None:
+    """With shares and their intervals of what the stage counted; None where no stage learned budgets."""
+    learned = next((one for one in artifacts if (one.folder / BUDGETS).is_file()), None)
+    if learned is None:
+        return None
+    points = []
+    for point in read_jsonl(learned.folder / BUDGETS, WayPoint):
+        found = share(point.right, point.questions)
+        scores = {"accuracy": found.score, "low": found.low, "high": found.high}
+        points.append(msgspec.structs.replace(point, **scores))
+    return LearnedBudgets(stage=learned.stage, points=points) if points else None
 
 
 def _funnel(artifacts: Sequence[Chosen]) -> list[FunnelRow]:

@@ -1,6 +1,6 @@
 """What a report holds: the structs that `report.json` is written from and that the page is drawn from, nothing else."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -169,6 +169,32 @@ class BudgetPoint(Part, frozen=True, kw_only=True):
     n: int = 0
 
 
+class WayPoint(Part, frozen=True, kw_only=True):
+    """Held-out questions under one way of giving thinking budgets."""
+
+    way: Literal["unlimited", "fixed", "learned"]
+    share: float
+    """Of questions that the budgets were to suffice for."""
+    budget: float | None
+    """Mean over the questions; None without limit."""
+    right: int
+    questions: Annotated[int, msgspec.Meta(ge=1)]
+    reasoning_tokens: float
+    """Mean over the questions."""
+    sufficed: float
+    """Share of questions whose thinking ended by itself."""
+    accuracy: float = 0.0
+    low: float = 0.0
+    high: float = 1.0
+
+
+class LearnedBudgets(Part, frozen=True, kw_only=True):
+    """What budgets told from the question are worth beside one for all."""
+
+    stage: str
+    points: list[WayPoint]
+
+
 class References(Part, frozen=True, kw_only=True):
     """Accuracy without thinking and with thinking to its own end."""
 
@@ -295,6 +321,7 @@ class Report(Results, frozen=True, kw_only=True):
     scaling: Scaling | None = None
     training: list[Training]
     experts: list[ExpertShares] = []
+    learned_budgets: LearnedBudgets | None = None
     evaluated: bool
     """Whether the evaluation's results were there."""
     versions: dict[str, str]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pensar.report.contents import Report
 from pensar.report.html import Markup, element
+from pensar.report.sections.budgets import learned_budgets
 from pensar.report.sections.conversations import conversations
 from pensar.report.sections.costs import costs
 from pensar.report.sections.documents import funnel, languages
@@ -31,13 +32,21 @@ CONTENTS = {
     "versions": "configuration",
 }
 """Anchor -> its word in the line of contents."""
-OPTIONAL = {"scaling": ("scaling laws", "training"), "experts": ("experts", "stages")}
+OPTIONAL = {
+    "scaling": ("scaling laws", "training"),
+    "experts": ("experts", "stages"),
+    "learned-budgets": ("learned budgets", "distillation"),
+}
 """Of sections that few runs have: the word, and the anchor that it stands before."""
 
 
 def render(report: Report) -> str:
     """The whole page; a pure function of the report."""
-    optional = {"scaling": scaling(report), "experts": experts(report)}
+    optional = {
+        "scaling": scaling(report),
+        "experts": experts(report),
+        "learned-budgets": learned_budgets(report),
+    }
     sections = [
         summary(report),
         _contents(optional),
@@ -48,6 +57,7 @@ def render(report: Report) -> str:
         optional["experts"],
         stage_table(report),
         budget(report),
+        optional["learned-budgets"],
         distillation(report),
         long_context(report),
         conversations(report),

@@ -1,7 +1,7 @@
 """The application: routes, errors as OpenAI clients read them, health, readiness and metrics."""
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,13 @@ from starlette.routing import Route
 
 from pensar.infer.engine import Engine
 from pensar.infer.generation import Generation
+from pensar.infer.outbox import Outbox
+from pensar.serve.adapters import check_adapter_name, load_adapter, unload_adapter
 from pensar.serve.chat import answer_chat
 from pensar.serve.completions import answer_completion
+from pensar.serve.control import change_thinking
 from pensar.serve.failure import ApiError
+from pensar.serve.meter import Meter
 from pensar.serve.metrics import ServerMetrics
 from pensar.serve.service import ServeConfig, Service
 from pensar.serve.transport import ClientGone, JsonResponse, Observe, refusal
@@ -33,29 +37,55 @@ CLIENT_CLOSED_REQUEST = 499
 """Nobody reads this answer; the status is for the log and the metrics (nginx's convention)."""
 
 
-def open_service(folder: Path, config: ServeConfig, *, device: str = "cpu", **options: Any) -> Service:
+def open_service(
+    folder: Path,
+    config: ServeConfig,
+    *,
+    device: str = "cpu",
+    adapters: Mapping[str, Path] | None = None,
+    outbox: Outbox | None = None,
+    **options: Any,
+) -> Service:
     """Loads the model directory `folder` behind a worker that is not started yet; `options` are those of LLM."""
     from pensar.infer.llm import LLM
 
-    llm = LLM(folder, device=device, **options)
-    return make_service(llm.engine, llm.tokenizer, config, llm.generation)
+    for name in adapters or ():
+        check_adapter_name(name, config.model_name)
+    llm = LLM(folder, device=device, adapters=adapters, **options)
+    log.info("%s", llm.engine.footprint)
+    service = make_service(llm.engine, llm.tokenizer, config, llm.generation, outbox=outbox)
+    service.adapters.update(adapters or {})
+    return service
 
 
 def make_service(
-    engine: Engine, tokenizer: Tokenizer, config: ServeConfig, generation: Generation | None = None
+    engine: Engine,
+    tokenizer: Tokenizer,
+    config: ServeConfig,
+    generation: Generation | None = None,
+    *,
+    outbox: Outbox | None = None,
 ) -> Service:
-    """A service over an engine that nobody else steps; without `generation` Qwen3's advice on sampling holds."""
+    """A service over an engine that nobody else steps; without `generation` Qwen3's advice on sampling holds.
+
+    What requests use is written to `outbox`, which is closed with the server.
+    """
     worker = Worker(engine, max_waiting=config.max_waiting)
     metrics = ServerMetrics(config.model_name, lambda: worker.num_running, lambda: worker.num_waiting)
     worker.on_failure = metrics.engine_failures.add
+    meter = None if outbox is None else Meter(outbox)
+    if meter is not None:
+        metrics.more = meter.metrics
     return Service(
         config,
         tokenizer,
         worker,
         metrics,
         context=engine.max_positions,
+        vocab_size=engine.runner.config.vocab_size,
         grammars=engine.constraints.grammars,
         generation=generation or Generation(),
+        meter=meter,
     )
 
 
@@ -64,6 +94,9 @@ def make_app(service: Service) -> Starlette:
     routes = [
         Route("/v1/chat/completions", _endpoint(service, answer_chat), methods=["POST"]),
         Route("/v1/completions", _endpoint(service, answer_completion), methods=["POST"]),
+        Route("/v1/requests/{id}/thinking", _endpoint(service, change_thinking), methods=["POST"]),
+        Route("/v1/load_lora_adapter", _endpoint(service, load_adapter), methods=["POST"]),
+        Route("/v1/unload_lora_adapter", _endpoint(service, unload_adapter), methods=["POST"]),
         Route("/v1/models", _endpoint(service, _models), methods=["GET"]),
         Route("/v1/models/{name:path}", _endpoint(service, _model), methods=["GET"]),
         Route("/health", _endpoint(service, _health), methods=["GET"]),
@@ -74,8 +107,10 @@ def make_app(service: Service) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service.worker.start()
-        yield
-        service.worker.stop()
+        try:
+            yield
+        finally:
+            service.close()
 
     paths = frozenset(route.path for route in routes)
     return Starlette(
@@ -100,17 +135,25 @@ def _endpoint(service: Service, handler: Handler) -> Callable[[Request], Awaitab
 
 async def _models(service: Service, request: Request) -> Response:
     service.authorize(request)
-    return JsonResponse(ModelList(data=[_card(service)]))
+    names = [service.config.model_name, *service.adapters]
+    return JsonResponse(ModelList(data=[_card(service, name) for name in names]))
 
 
 async def _model(service: Service, request: Request) -> Response:
     service.authorize(request)
-    service.check_model(request.path_params["name"])
-    return JsonResponse(_card(service))
+    adapter = service.adapter_of(request.path_params["name"])
+    return JsonResponse(_card(service, adapter or service.config.model_name))
 
 
-def _card(service: Service) -> ModelCard:
-    return ModelCard(id=service.config.model_name, created=service.created, max_model_len=service.context)
+def _card(service: Service, name: str) -> ModelCard:
+    base = service.config.model_name
+    return ModelCard(
+        id=name,
+        created=service.created,
+        max_model_len=service.context,
+        root=service.adapters[name].name if name in service.adapters else base,
+        parent=base if name in service.adapters else None,
+    )
 
 
 async def _health(service: Service, request: Request) -> Response:

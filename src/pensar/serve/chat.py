@@ -2,26 +2,26 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from pensar.base.errors import PensarError
-from pensar.infer.engine import SamplingParams
+from pensar.infer.engine import Request
+from pensar.serve.answer import Answer, complete
+from pensar.serve.beams import BeamAnswer, check_beams
 from pensar.serve.failure import invalid
 from pensar.serve.reply import Reply
-from pensar.serve.sampling import chat_params, conversation_of
-from pensar.serve.service import Answer, Service, fresh_id
+from pensar.serve.sampling import chat_params, conversation_of, requests_of
+from pensar.serve.service import Service, fresh_id
 from pensar.serve.transport import (
     KEEP_ALIVE,
-    ClientGone,
     EventStream,
     JsonResponse,
     event,
     timestamp,
-    while_connected,
 )
 from pensar.serve.wire import (
     CallDelta,
@@ -32,6 +32,7 @@ from pensar.serve.wire import (
     ChatRequest,
     Logprobs,
     ReplyMessage,
+    Usage,
     read_request,
 )
 from pensar.text.chat import encode_prompt
@@ -39,39 +40,47 @@ from pensar.text.conversation import ToolCall
 from pensar.text.reply import Delta
 
 
-async def answer_chat(service: Service, request: Request) -> Response:
+async def answer_chat(service: Service, request: HttpRequest) -> Response:
     """The response to a chat request; raises ApiError for one that cannot be served."""
     asked = read_request(await service.read(request), ChatRequest)
-    service.check_model(asked.model)
+    adapter, name = service.adapter_of(asked.model), fresh_id("chatcmpl")
+    beams = check_beams(asked)
     # A long conversation takes a while to encode; the other clients' streams must not wait for it.
-    tokens, params, tools = await asyncio.to_thread(_prepare, service, asked)
-    replies = [Reply(service.tokenizer, service.parser(tokens), asked.stops, tools=tools) for _ in params]
-    answer = Answer(service, [(tokens, each) for each in params], replies, len(tokens))
+    requests, tools = await asyncio.to_thread(_prepare, service, asked, name, adapter)
+
+    def reply_to(each: Request) -> Reply:
+        return Reply(service.tokenizer, service.parser(each.tokens), asked.stops, tools=tools)
+
+    if beams:
+        search = BeamAnswer(service, requests[:1], asked, name, reply_to)
+        await complete(search, request.receive)
+        return JsonResponse(_completion(service, asked, requests[0], search.replies[0], name, search.usage()))
+    answer = Answer(service, name, requests, [reply_to(each) for each in requests], 1)
     if asked.stream:
         return EventStream(_events(service, asked, answer), answer.close, answer.abandon)
-    try:
-        await while_connected(request.receive, answer.finish())
-    except ClientGone:
-        answer.abandon()
-        raise
-    return JsonResponse(_completion(service, asked, answer))
+    await complete(answer, request.receive)
+    return JsonResponse(_completion(service, asked, requests[0], answer.replies, name, answer.usage()))
 
 
-def _prepare(service: Service, asked: ChatRequest) -> tuple[list[int], list[SamplingParams], bool]:
-    """Prompt tokens, parameters per choice, and whether tools are on offer."""
+def _prepare(service: Service, asked: ChatRequest, name: str, adapter: str) -> tuple[list[Request], bool]:
+    """A sequence per choice, and whether tools are on offer."""
     conversation = conversation_of(asked)
     try:
         tokens = encode_prompt(service.tokenizer, conversation, thinking=asked.thinking)
     except PensarError as error:
         raise invalid(str(error), "messages") from error
     params = chat_params(asked, conversation, len(tokens), service.context, service.generation)
+    requests = requests_of(name, asked, adapter, [(tokens, each) for each in params])
+    service.check_requests(requests)
     service.check_grammar(params[0])
-    return tokens, params, bool(conversation.tools)
+    return requests, bool(conversation.tools)
 
 
-def _completion(service: Service, asked: ChatRequest, answer: Answer) -> ChatCompletion:
+def _completion(
+    service: Service, asked: ChatRequest, request: Request, replies: Sequence[Reply], name: str, total: Usage
+) -> ChatCompletion:
     choices = []
-    for index, reply in enumerate(answer.replies):
+    for index, reply in enumerate(replies):
         assert reply.finish_reason is not None
         message = ReplyMessage(
             role="assistant",
@@ -85,16 +94,16 @@ def _completion(service: Service, asked: ChatRequest, answer: Answer) -> ChatCom
             ChatChoice(index=index, message=message, finish_reason=reply.finish_reason, logprobs=logprobs)
         )
     return ChatCompletion(
-        id=fresh_id("chatcmpl"),
+        id=name,
         created=timestamp(),
-        model=service.config.model_name,
+        model=service.model_of(request),
         choices=choices,
-        usage=answer.usage(),
+        usage=total,
     )
 
 
 async def _events(service: Service, asked: ChatRequest, answer: Answer) -> AsyncGenerator[bytes]:
-    identifier, created, model = fresh_id("chatcmpl"), timestamp(), service.config.model_name
+    identifier, created, model = answer.id, timestamp(), service.model_of(answer.requests[0])
     num_calls = [0] * len(answer.replies)
 
     def chunk(index: int, delta: ReplyMessage, last: bool = False) -> bytes:

@@ -1,71 +1,110 @@
 """POST /v1/completions: a text or token ids in, their continuation out, whole or streamed."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from pensar.infer.engine import SamplingParams
+from pensar.infer.choices import mean_of_drawn
+from pensar.infer.engine import Request, SamplingParams
+from pensar.serve.answer import Answer, complete
+from pensar.serve.beams import BeamAnswer, check_beams
 from pensar.serve.failure import invalid, unsupported
 from pensar.serve.reply import Reply
-from pensar.serve.sampling import completion_params, flat_prompts
-from pensar.serve.service import Answer, Service, fresh_id
+from pensar.serve.sampling import completion_params, flat_prompts, requests_of
+from pensar.serve.service import Service, fresh_id
 from pensar.serve.transport import (
     KEEP_ALIVE,
-    ClientGone,
     EventStream,
     JsonResponse,
     event,
     timestamp,
-    while_connected,
 )
-from pensar.serve.wire import CompletionRequest, TextChoice, TextCompletion, TextLogprobs, read_request
+from pensar.serve.wire import CompletionRequest, TextChoice, TextCompletion, TextLogprobs, Usage, read_request
 
 MAX_SEQUENCES = 256
-"""Prompts times `n` of one request."""
+"""Prompts times `n`, or `best_of`, of one request."""
 
 
-async def answer_completion(service: Service, request: Request) -> Response:
+async def answer_completion(service: Service, request: HttpRequest) -> Response:
     """The response to a completion request; raises ApiError for one that cannot be served."""
     asked = read_request(await service.read(request), CompletionRequest)
-    service.check_model(asked.model)
+    adapter, name = service.adapter_of(asked.model), fresh_id("cmpl")
     _check(asked)
-    prompts, sequences = await asyncio.to_thread(_prepare, service, asked)
-    replies = [Reply(service.tokenizer, None, asked.stops) for _ in sequences]
-    answer = Answer(service, sequences, replies, sum(map(len, prompts)))
-    choices_each = len(sequences) // len(prompts)
-    echoes = [""] * len(sequences)
-    if asked.echo:
-        echoes = [service.tokenizer.decode(prompt) for prompt in prompts for _ in range(choices_each)]
+    beams = check_beams(asked)
+    prompts, requests = await asyncio.to_thread(_prepare, service, asked, name, adapter)
+    each = len(requests) // len(prompts)
+    echoes = [service.tokenizer.decode(prompt) if asked.echo else "" for prompt in prompts]
+
+    def reply_to(_: Request) -> Reply:
+        return Reply(service.tokenizer, None, asked.stops)
+
+    if beams:
+        search = BeamAnswer(service, requests[::each], asked, name, reply_to)
+        await complete(search, request.receive)
+        return JsonResponse(_completion(service, asked, requests[0], search.replies, echoes, search.usage()))
+    answer = Answer(service, name, requests, [reply_to(each) for each in requests], len(prompts))
     if asked.stream:
+        echoes = [echo for echo in echoes for _ in range(each)]
         return EventStream(_events(service, asked, answer, echoes), answer.close, answer.abandon)
-    try:
-        await while_connected(request.receive, answer.finish())
-    except ClientGone:
-        answer.abandon()
-        raise
-    return JsonResponse(
-        TextCompletion(
-            id=fresh_id("cmpl"),
-            created=timestamp(),
-            model=service.config.model_name,
-            choices=[
-                TextChoice(
-                    index=index,
-                    text=echo + reply.content,
-                    finish_reason=reply.finish_reason,
-                    logprobs=None if asked.logprobs is None else _logprobs(reply, 0),
-                )
-                for index, (echo, reply) in enumerate(zip(echoes, replies, strict=True))
-            ],
-            usage=answer.usage(),
+    await complete(answer, request.receive)
+    groups = [answer.replies[start : start + each] for start in range(0, len(requests), each)]
+    best = [_best(group, asked.n or 1) for group in groups]
+    return JsonResponse(_completion(service, asked, requests[0], best, echoes, answer.usage()))
+
+
+def _best(replies: Sequence[Reply], n: int) -> Sequence[Reply]:
+    """The `n` with the highest log-probability per token, the highest first; all of them as they are if no more."""
+    if len(replies) == n:
+        return replies
+    return sorted(replies, key=lambda reply: -mean_of_drawn(reply.accounts.values, reply.accounts.forced))[:n]
+
+
+def _completion(
+    service: Service,
+    asked: CompletionRequest,
+    request: Request,
+    groups: Sequence[Sequence[Reply]],
+    echoes: Sequence[str],
+    total: Usage,
+) -> TextCompletion:
+    """Prompt after prompt the replies to it."""
+    pairs = [(echo, reply) for echo, replies in zip(echoes, groups, strict=True) for reply in replies]
+    choices = [
+        TextChoice(
+            index=index,
+            text=echo + reply.content,
+            finish_reason=reply.finish_reason,
+            logprobs=None if asked.logprobs is None else _logprobs(reply, 0),
         )
+        for index, (echo, reply) in enumerate(pairs)
+    ]
+    return TextCompletion(
+        id=request.id.rpartition("-")[0],
+        created=timestamp(),
+        model=service.model_of(request),
+        choices=choices,
+        usage=total,
     )
 
 
 def _check(asked: CompletionRequest) -> None:
+    n = asked.n or 1
+    if asked.best_of is not None and asked.best_of < n:
+        raise invalid(f"best_of {asked.best_of} is less than n {n}; raise it, or leave it out.", "best_of")
+    if asked.best_of is not None and asked.best_of > n:
+        if asked.stream:
+            raise unsupported(
+                "best_of",
+                "best_of above n cannot be streamed: which is best is known at the end; leave out one.",
+            )
+        if asked.temperature == 0:
+            raise invalid(
+                f"best_of {asked.best_of} at temperature 0, where all replies are the same; raise it.",
+                "best_of",
+            )
     if asked.suffix:
         raise unsupported("suffix", "suffix is not supported; the model continues a text at its end.")
     if asked.logprobs:
@@ -77,9 +116,9 @@ def _check(asked: CompletionRequest) -> None:
 
 
 def _prepare(
-    service: Service, asked: CompletionRequest
-) -> tuple[list[list[int]], list[tuple[list[int], SamplingParams]]]:
-    """The prompts' tokens, and per choice (prompt after prompt) its tokens and parameters."""
+    service: Service, asked: CompletionRequest, name: str, adapter: str
+) -> tuple[list[list[int]], list[Request]]:
+    """The prompts' tokens, and a sequence per choice, prompt after prompt."""
     tokenizer = service.tokenizer
     prompts = []
     for prompt in flat_prompts(asked.prompt):
@@ -92,17 +131,19 @@ def _prepare(
                 f"prompt has token {strange[0]}; ids go from 0 to {tokenizer.vocab_size - 1}.", "prompt"
             )
         prompts.append(tokens)
-    if len(prompts) * (asked.n or 1) > MAX_SEQUENCES:
+    if len(prompts) * (asked.best_of or asked.n or 1) > MAX_SEQUENCES:
         raise invalid(
-            f"{len(prompts)} prompts times n is over the limit of {MAX_SEQUENCES} sequences.", "prompt"
+            f"{len(prompts)} prompts times n, or best_of, is over the limit of {MAX_SEQUENCES} sequences.",
+            "prompt",
         )
-    sequences = []
+    sequences: list[tuple[list[int], SamplingParams]] = []
     for tokens in prompts:
-        params = completion_params(
-            asked, len(tokens), service.context, service.generation, logprobs=asked.logprobs is not None
-        )
+        params = completion_params(asked, len(tokens), service.context, service.generation)
         sequences.extend([(tokens, each) for each in params])
-    return prompts, sequences
+        service.check_grammar(params[0])
+    requests = requests_of(name, asked, adapter, sequences)
+    service.check_requests(requests)
+    return prompts, requests
 
 
 def _logprobs(reply: Reply, offset: int) -> TextLogprobs:
@@ -122,7 +163,7 @@ def _logprobs(reply: Reply, offset: int) -> TextLogprobs:
 async def _events(
     service: Service, asked: CompletionRequest, answer: Answer, echoes: list[str]
 ) -> AsyncGenerator[bytes]:
-    identifier, created, model = fresh_id("cmpl"), timestamp(), service.config.model_name
+    identifier, created, model = answer.id, timestamp(), service.model_of(answer.requests[0])
     offsets = [len(echo) for echo in echoes]
 
     def chunk(choice: TextChoice) -> bytes:

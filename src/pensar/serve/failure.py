@@ -61,6 +61,16 @@ def unsupported(param: str, message: str) -> ApiError:
     return ApiError(400, message, param=param, code="unsupported_parameter")
 
 
+def not_running(name: str) -> ApiError:
+    """No request of that id is in work."""
+    return ApiError(
+        404,
+        f"No request {name!r} is running; it has ended, or never was. The id is that of the reply's first chunk.",
+        kind="not_found_error",
+        code="request_not_found",
+    )
+
+
 def overlong(num_prompt_tokens: int, max_tokens: int, limit: int) -> ApiError:
     """Prompt and reply do not fit into the context window of `limit` tokens."""
     wanted = f" and {max_tokens} for the reply" if max_tokens else ""

@@ -31,7 +31,7 @@ class Counter:
             values = sorted(self._values.items())
         yield from _head(self.name, "counter", self.meaning)
         for labels, value in values or [((), 0.0)]:
-            yield f"{self.name}{_braced(labels)} {value:g}"
+            yield f"{self.name}{_braced(labels)} {_number(value)}"
 
 
 class Gauge:
@@ -42,7 +42,7 @@ class Gauge:
 
     def lines(self) -> Iterator[str]:
         yield from _head(self.name, "gauge", self.meaning)
-        yield f"{self.name} {self._read():g}"
+        yield f"{self.name} {_number(self._read())}"
 
 
 class Histogram:
@@ -67,7 +67,7 @@ class Histogram:
         for bound, count in zip([*(f"{bound:g}" for bound in self._bounds), "+Inf"], counts, strict=True):
             below += count
             yield f'{self.name}_bucket{{le="{bound}"}} {below}'
-        yield f"{self.name}_sum {total:g}"
+        yield f"{self.name}_sum {_number(total)}"
         yield f"{self.name}_count {below}"
 
 
@@ -84,12 +84,17 @@ class ServerMetrics:
         )
         self.engine_failures = Counter("pensar_engine_failures_total", "Engine steps that raised an error.")
         self.prompt_tokens = Counter("pensar_prompt_tokens_total", "Tokens of the prompts.")
+        self.cached_tokens = Counter(
+            "pensar_cached_tokens_total", "Tokens of prompts that were in the cache."
+        )
         self.completion_tokens = Counter(
             "pensar_completion_tokens_total", "Generated tokens, thinking included."
         )
         self.reasoning_tokens = Counter("pensar_reasoning_tokens_total", "Generated tokens of thinking.")
         self.first_token = Histogram("pensar_time_to_first_token_seconds", "From request to first token.")
         self.duration = Histogram("pensar_request_duration_seconds", "From request to last token.")
+        self.more: tuple[Counter | Gauge, ...] = ()
+        """Those of parts that not every server has."""
         self._gauges = (
             Gauge("pensar_requests_running", "Sequences in the engine's batch.", num_running),
             Gauge("pensar_requests_waiting", "Sequences that wait for a place in the batch.", num_waiting),
@@ -104,11 +109,13 @@ class ServerMetrics:
             self.aborted,
             self.engine_failures,
             self.prompt_tokens,
+            self.cached_tokens,
             self.completion_tokens,
             self.reasoning_tokens,
             self.first_token,
             self.duration,
             *self._gauges,
+            *self.more,
         ):
             lines.extend(metric.lines())
         return "\n".join(lines) + "\n"
@@ -117,6 +124,11 @@ class ServerMetrics:
 def _head(name: str, kind: str, meaning: str) -> Iterator[str]:
     yield f"# HELP {name} {meaning}"
     yield f"# TYPE {name} {kind}"
+
+
+def _number(value: float) -> str:
+    """All its digits: a counter of tokens soon has more than the six that `g` leaves."""
+    return str(int(value)) if value == int(value) else repr(float(value))
 
 
 def _braced(labels: Labels) -> str:

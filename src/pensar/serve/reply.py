@@ -9,6 +9,7 @@ import msgspec
 
 from pensar.infer.engine import Piece
 from pensar.infer.stops import StopStrings
+from pensar.serve.tally import Tally
 from pensar.serve.wire import FinishReason, TokenLogprob, TopLogprob
 from pensar.text.conversation import ToolCall
 from pensar.text.reply import Delta, ReplyParser
@@ -16,13 +17,13 @@ from pensar.text.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclass
-class Accounts:
-    """What a choice has cost so far, in tokens."""
+class Accounts(Tally):
+    """What a choice has cost so far, as far as its client was told."""
 
-    completion_tokens: int = 0
-    reasoning_tokens: int = 0
-    cached_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    """The log-probabilities alone, of the whole reply."""
+    forced: list[bool] = field(default_factory=list)
 
 
 class Reply:
@@ -65,8 +66,8 @@ class Reply:
         if ended and not self._stops.hit:
             deltas.extend(self._say(self._stops.close()))
         if self._stops.hit:
-            self.finish_reason = "stop"
-        elif piece.finish_reason == "length":
+            self.finish_reason = self.accounts.finish_reason = "stop"
+        elif piece.finish_reason in ("length", "deadline"):  # cut off, by its tokens or by its time
             self.finish_reason = "length"
         elif ended:
             self.finish_reason = "tool_calls" if self.tool_calls else "stop"
@@ -104,9 +105,10 @@ class Reply:
         return ("\n" if self.content else "") + f"<tool_call>\n{inner}\n</tool_call>"
 
     def _count(self, piece: Piece) -> None:
-        self.accounts.completion_tokens += len(piece.tokens)
-        self.accounts.reasoning_tokens = piece.reasoning_tokens
-        self.accounts.cached_tokens = piece.cached_tokens
+        self.accounts.add(piece)
+        if piece.logprobs is not None:
+            self.accounts.values += piece.logprobs
+            self.accounts.forced += piece.forced
         tops = piece.top_logprobs or [[]] * len(piece.tokens)
         for token, logprob, top in zip(piece.tokens, piece.logprobs or (), tops, strict=False):
             data = self._tokenizer.decode_bytes([token])

@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 
 from pensar.base.files import seed_of
-from pensar.infer.engine import SamplingParams
+from pensar.infer.engine import Request, SamplingParams
 from pensar.infer.generation import Defaults, Generation
 from pensar.infer.request import MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP_LOGPROBS, Grammar
 from pensar.serve.failure import invalid, overlong
-from pensar.serve.wire import ChatRequest, SamplingFields, SentMessage, StructuredOutputs
+from pensar.serve.wire import ChatRequest, CompletionRequest, SamplingFields, SentMessage, StructuredOutputs
 from pensar.text.chat import mode_of
 from pensar.text.conversation import Conversation, Message, ToolCall
 
@@ -100,27 +100,50 @@ def chat_params(
     limit = request.max_completion_tokens or request.max_tokens
     room = _room(num_prompt_tokens, limit, context)
     # With thinking off the prompt holds the closed block already; a budget would have nothing to cut.
-    budget = None if request.thinking is False else request.thinking_budget
+    off = request.thinking is False
     shared = SamplingParams(
         max_tokens=room,
         stop_ids=generation.end_ids,
-        thinking_budget=budget,
+        thinking_budget=None if off else request.budget,
+        adaptive_budget=0.0 if off else request.adaptive_budget or 0.0,
+        min_thinking=0 if off else request.min_thinking or 0,
         logprobs=bool(request.logprobs),
         top_logprobs=request.top_logprobs or 0,
         grammar=_tool_grammar(request) or _answer_grammar(request),
     )
-    return _params(request, generation.defaults(mode), shared)
+    return _params(request, generation.defaults(mode), shared, request.n or 1)
 
 
 def completion_params(
-    request: SamplingFields, num_prompt_tokens: int, context: int, generation: Generation, *, logprobs: bool
+    request: CompletionRequest, num_prompt_tokens: int, context: int, generation: Generation
 ) -> list[SamplingParams]:
-    """The same for /v1/completions, where the text is continued as it is."""
+    """The same for /v1/completions, where the text is continued as it is; `best_of` sets if there are to be more."""
     _check_common(request)
     room = _room(num_prompt_tokens, request.max_tokens or COMPLETION_MAX_TOKENS, context)
     grammar = _structured(request.structured_outputs)
+    count = request.best_of or request.n or 1
+    logprobs = request.logprobs is not None or count > (request.n or 1)
     shared = SamplingParams(max_tokens=room, stop_ids=generation.end_ids, logprobs=logprobs, grammar=grammar)
-    return _params(request, RAW, shared)
+    return _params(request, RAW, shared, count)
+
+
+def requests_of(
+    name: str, asked: SamplingFields, adapter: str, sequences: Sequence[tuple[Sequence[int], SamplingParams]]
+) -> list[Request]:
+    """What the engine gets of the request `name`: a sequence for each prompt and its parameters."""
+    return [
+        Request(
+            id=f"{name}-{index}",
+            tokens=tokens,
+            params=params,
+            adapter=adapter,
+            user=asked.safety_identifier or asked.user or "",
+            priority=asked.priority or 0,
+            timeout_seconds=asked.timeout,
+            salt=asked.cache_salt or "",
+        )
+        for index, (tokens, params) in enumerate(sequences)
+    ]
 
 
 def _answer_grammar(request: ChatRequest) -> Grammar | None:
@@ -181,8 +204,10 @@ def _json(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def _params(request: SamplingFields, defaults: Defaults, shared: SamplingParams) -> list[SamplingParams]:
-    """`shared` once per choice, with how to draw filled in; only the seed differs."""
+def _params(
+    request: SamplingFields, defaults: Defaults, shared: SamplingParams, count: int
+) -> list[SamplingParams]:
+    """`shared` once per sequence, with how to draw filled in; only the seed differs."""
     seed = request.seed if request.seed is not None else secrets.randbits(62)
     top_k = defaults.top_k if request.top_k is None else max(0, request.top_k)
     bias = tuple((int(token), bias) for token, bias in (request.logit_bias or {}).items())
@@ -199,9 +224,12 @@ def _params(request: SamplingFields, defaults: Defaults, shared: SamplingParams)
             logit_bias=bias,
             min_tokens=request.min_tokens or 0,
             ignore_eos=bool(request.ignore_eos),
+            # What the model's directory calls an end is one of its own ends, which ignore_eos is about.
+            stop_ids=(*(() if request.ignore_eos else shared.stop_ids), *(request.stop_token_ids or ())),
+            bad_ids=tuple(request.bad_token_ids or ()),
             seed=seed_of("choice", seed, index),
         )
-        for index in range(request.n or 1)
+        for index in range(count)
     ]
 
 
@@ -239,9 +267,9 @@ def _check_common(request: SamplingFields) -> None:
 
 
 def _check_chat(request: ChatRequest) -> None:
-    if request.thinking_budget is not None and request.thinking_budget < 0:
+    if request.budget is not None and request.budget < 0:
         raise invalid(
-            f"thinking_budget {request.thinking_budget} is negative; use 0 to close the thinking at once, or leave it "
+            f"thinking_budget {request.budget} is negative; use 0 to close the thinking at once, or leave it "
             "out for no limit.",
             "thinking_budget",
         )

@@ -55,7 +55,10 @@ class Server(uvicorn.Server):
 
     def serve_until_signal(self) -> None:
         """Runs in the calling thread until the server has ended."""
-        self.run(sockets=[self._listening])
+        try:
+            self.run(sockets=[self._listening])
+        finally:
+            self._service.close()  # uvicorn leaves out the lifespan's end after a second signal
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called in the main thread on SIGINT and SIGTERM."""
@@ -81,7 +84,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _drained(self, until: float) -> bool:
-        return self._service.worker.num_unfinished == 0 or time.monotonic() > until
+        return self._service.worker.idle or time.monotonic() > until
 
     @property
     def url(self) -> str:

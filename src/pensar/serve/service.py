@@ -1,28 +1,33 @@
-"""Service: what every handler shares, and the way of a job from the engine to its replies."""
+"""Service: what every handler shares: the model's parts, who may ask, and which requests are being answered."""
 
 import hmac
-import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 
 from pensar.base.config import Config
 from pensar.base.errors import ConfigError, ModelError
 from pensar.infer.budget import THINKING, Thinking
-from pensar.infer.engine import SamplingParams
+from pensar.infer.engine import Request, SamplingParams
 from pensar.infer.generation import Generation
 from pensar.infer.grammar import Grammars
+from pensar.infer.request import checked_prompt
 from pensar.serve.failure import ApiError, invalid
+from pensar.serve.meter import Meter
 from pensar.serve.metrics import ServerMetrics
-from pensar.serve.reply import Reply
+from pensar.serve.tally import Totals
 from pensar.serve.transport import read_body, timestamp
-from pensar.serve.wire import Usage, usage
 from pensar.serve.worker import Worker
-from pensar.text.reply import Delta, ReplyParser
+from pensar.text.reply import ReplyParser
 from pensar.text.tokenizer import THINK, Tokenizer
+
+if TYPE_CHECKING:
+    from pensar.serve.answer import Answer
 
 
 class ServeConfig(Config, frozen=True):
@@ -39,6 +44,8 @@ class ServeConfig(Config, frozen=True):
     """Silence on a stream after which a comment is sent."""
     drain_seconds: float = 30.0
     """Time that running requests get to finish after SIGTERM."""
+    adapter_changes: bool = False
+    """Whether clients may load and unload adapters; loading reads folders of the server's machine."""
     max_silence_seconds: float = 120.0
     """An engine step that takes longer than this makes /health fail."""
 
@@ -61,9 +68,17 @@ class Service:
     metrics: ServerMetrics
     context: int
     """Tokens that prompt and reply may have together."""
+    vocab_size: int
+    """Of the model."""
     grammars: Grammars | None = None
     generation: Generation = field(default_factory=Generation)
     """How the model is sampled where a request says nothing."""
+    meter: Meter | None = None
+    """Where the usage of every request is written; None keeps no records."""
+    adapters: dict[str, Path] = field(default_factory=dict)
+    """The loaded LoRA adapters and their folders, by the names that requests put into `model`."""
+    running: "dict[str, Answer]" = field(default_factory=dict)
+    """The requests that are being answered, by the ids of their replies."""
     created: int = field(default_factory=timestamp)
 
     def parser(self, prompt: Sequence[int]) -> ReplyParser:
@@ -84,12 +99,29 @@ class Service:
         except ModelError as error:
             raise invalid(f"The answer's grammar cannot be used: {error}.", "response_format") from error
 
-    async def read(self, request: Request) -> bytes:
+    def check_requests(self, requests: Sequence[Request]) -> None:
+        """Raises ApiError (400) for parameters that the engine would refuse."""
+        try:
+            for request in requests:
+                checked_prompt(request, self.vocab_size, self.context)
+        except ModelError as error:
+            raise invalid(f"{error}.") from error
+
+    def count(self, totals: Totals, seconds: float) -> None:
+        """Adds a request that has ended to the metrics."""
+        metrics = self.metrics
+        metrics.prompt_tokens.add(totals.prompt_tokens)
+        metrics.cached_tokens.add(totals.cached_tokens)
+        metrics.completion_tokens.add(totals.completion_tokens)
+        metrics.reasoning_tokens.add(totals.reasoning_tokens)
+        metrics.duration.observe(seconds)
+
+    async def read(self, request: HttpRequest) -> bytes:
         """The body of an authorised request; raises ApiError (401, 413)."""
         self.authorize(request)
         return await read_body(request, self.config.max_body_bytes)
 
-    def authorize(self, request: Request) -> None:
+    def authorize(self, request: HttpRequest) -> None:
         """Raises ApiError (401) unless the request carries the server's key."""
         if self.config.api_key is None:
             return
@@ -103,94 +135,34 @@ class Service:
                 code="invalid_api_key",
             )
 
-    def check_model(self, name: str | None) -> None:
-        """Raises ApiError (404) for another model than the served one; no name means that one."""
-        if name is not None and name != self.config.model_name:
+    def adapter_of(self, model: str | None) -> str:
+        """The adapter that a request's `model` asks for: empty for the model itself, which no name means as well.
+
+        Raises ApiError (404) for a name that is neither.
+        """
+        if model is None or model == self.config.model_name:
+            return ""
+        if model not in self.adapters:
+            names = ", ".join(map(repr, (self.config.model_name, *self.adapters)))
             raise ApiError(
                 404,
-                f"The model {name!r} does not exist; this server has {self.config.model_name!r}.",
+                f"The model {model!r} does not exist; this server has {names}.",
                 kind="not_found_error",
                 code="model_not_found",
                 param="model",
             )
+        return model
+
+    def close(self) -> None:
+        """Ends the engine's thread, then the meter; may be called twice."""
+        self.worker.stop()
+        if self.meter is not None:
+            self.meter.close()
+
+    def model_of(self, request: Request) -> str:
+        """What a reply says of its model: the name that the request asked for."""
+        return request.adapter or self.config.model_name
 
 
 def fresh_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
-
-
-class Answer:
-    """One request in work: its sequences in the engine and their replies, in the order of the choices."""
-
-    def __init__(
-        self,
-        service: Service,
-        sequences: Sequence[tuple[Sequence[int], SamplingParams]],
-        replies: Sequence[Reply],
-        prompt_tokens: int,
-    ) -> None:
-        self._service = service
-        self._sequences = sequences
-        self.replies = replies
-        self.prompt_tokens = prompt_tokens
-        self._started = time.monotonic()
-        self._job = service.worker.submit(sequences)
-
-    @property
-    def completion_tokens(self) -> int:
-        return sum(reply.accounts.completion_tokens for reply in self.replies)
-
-    @property
-    def reasoning_tokens(self) -> int:
-        return sum(reply.accounts.reasoning_tokens for reply in self.replies)
-
-    def usage(self) -> Usage:
-        cached = max((reply.accounts.cached_tokens for reply in self.replies), default=0)
-        return usage(self.prompt_tokens, self.completion_tokens, self.reasoning_tokens, cached)
-
-    async def deltas(self) -> AsyncGenerator[tuple[int, list[Delta]] | None]:
-        """(choice, deltas) as the engine makes them; None after each `keep_alive_seconds` of silence.
-
-        Takes the sequences out of the engine when it is closed or cancelled early; that needs no await, as an
-        await in a cancelled task would be cancelled itself.
-        """
-        first = True
-        try:
-            while any(reply.finish_reason is None for reply in self.replies):
-                parts = await self._job.next(self._service.config.keep_alive_seconds)
-                if first and parts:
-                    self._service.metrics.first_token.observe(time.monotonic() - self._started)
-                    first = False
-                for part in parts:
-                    reply = self.replies[part.index]
-                    if reply.finish_reason is not None:
-                        continue
-                    deltas = reply.feed(part.piece)
-                    if reply.stopped:
-                        self._job.abort(part.index)
-                    yield part.index, deltas
-                if not parts:
-                    yield None
-        finally:
-            self._job.abort()
-            self._settle()
-
-    async def finish(self) -> None:
-        """Runs to the end; the replies then hold everything."""
-        async for _ in self.deltas():
-            pass
-
-    def abandon(self) -> None:
-        """Counts a client that left."""
-        self._service.metrics.aborted.add()
-
-    def close(self) -> None:
-        """For an answer whose `deltas` may never have been started."""
-        self._job.abort()
-
-    def _settle(self) -> None:
-        metrics = self._service.metrics
-        metrics.prompt_tokens.add(self.prompt_tokens)
-        metrics.completion_tokens.add(self.completion_tokens)
-        metrics.reasoning_tokens.add(self.reasoning_tokens)
-        metrics.duration.observe(time.monotonic() - self._started)

@@ -13,7 +13,10 @@ import msgspec
 from pensar.serve.failure import invalid
 
 MAX_CHOICES = 16
+MAX_BEST_OF = 20
 
+MAX_PRIORITY = 2**31
+Name = Annotated[str, msgspec.Meta(max_length=256)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -115,7 +118,25 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     """By token id."""
     min_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[int], msgspec.Meta(max_length=64)] | None = None
+    """End the reply as its own ends do."""
+    bad_token_ids: list[int] | None = None
+    """Tokens that are never drawn."""
+    user: Name | None = None
+    safety_identifier: Name | None = None
+    """OpenAI's newer word for `user`, and wins over it: for whom the request is, in fairness and in the records."""
+    priority: Annotated[int, msgspec.Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    """Lower numbers go first."""
+    timeout: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """Seconds after which the reply ends as it is, with finish_reason "length"."""
+    cache_salt: Annotated[Name, msgspec.Meta(min_length=1)] | None = None
+    """Only requests with equal salts share cached prompts."""
     structured_outputs: StructuredOutputs | None = None
+    use_beam_search: bool | None = None
+    """The `n` likeliest replies as a whole in place of draws."""
+    length_penalty: Annotated[float, msgspec.Meta(ge=-10, le=10)] | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    """Both are about beam search, see pensar.infer.beam."""
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -140,9 +161,20 @@ class ChatRequest(SamplingFields, kw_only=True):
     enable_thinking: bool | None = None
     thinking_budget: int | None = None
     """Most tokens of thinking; 0 closes it at once, None sets no limit."""
+    thinking_token_budget: int | None = None
+    """vLLM's word for `thinking_budget`."""
+    min_thinking: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """Tokens of thinking before which it is not closed."""
+    adaptive_budget: Fraction | None = None
+    """A budget that suffices for this share of questions like this one, where the model has learned it."""
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
     reasoning_effort: str | None = None
+
+    @property
+    def budget(self) -> int | None:
+        """Most tokens of thinking, under either name."""
+        return self.thinking_token_budget if self.thinking_budget is None else self.thinking_budget
 
     @property
     def thinking(self) -> bool | None:
@@ -160,6 +192,8 @@ class CompletionRequest(SamplingFields, kw_only=True):
     prompt: Any
     logprobs: int | None = None
     echo: bool | None = None
+    best_of: Annotated[int, msgspec.Meta(ge=1, le=MAX_BEST_OF)] | None = None
+    """So many are drawn, and the `n` with the highest log-probability per token come back."""
     suffix: str | None = None
 
 
@@ -292,6 +326,10 @@ class ModelCard(msgspec.Struct, kw_only=True):
     """Context window in tokens."""
     object: Literal["model"] = "model"
     owned_by: str = "pensar"
+    root: str = ""
+    """What it is: the model, or the adapter's folder by its last name."""
+    parent: str | None = None
+    """Of an adapter, the model that it changes."""
 
 
 class ModelList(msgspec.Struct, kw_only=True):
@@ -301,7 +339,7 @@ class ModelList(msgspec.Struct, kw_only=True):
 
 # ---------------------------------------------------------------- reading a request
 
-Body = TypeVar("Body", ChatRequest, CompletionRequest)
+Body = TypeVar("Body", bound=msgspec.Struct)
 
 _AT = re.compile(r" - at `\$(?P<path>.*)`$")
 _STEP = re.compile(r"\.(?P<key>[^.\[\]]+)|\[(?P<index>\d+)\]")

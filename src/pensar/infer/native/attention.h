@@ -108,6 +108,19 @@ static void soften(float* s, float* largest, float* total, float* out, int64_t w
         for (int64_t i = 0; i < w; i += L) store(out + i, load<Vf>(out + i) * factor);
 }
 
+// Whether a block's values of some tokens are numbers: a guess or another token behind a query must not break it, and
+// nothing times NaN is NaN. Values of bytes are skipped where their weight is nothing.
+template <class T>
+static bool sound(const Pages& pages, int64_t first, int64_t from, int64_t to, int64_t h) {
+    if constexpr (sizeof(T) == 1) return true;
+    Vf nothing = Vf{};
+    for (int64_t t = from; t < to; t++) {
+        const T* values = (const T*)pages.at(first + t / PAGE) + h * PAGE + t % PAGE * wide(h);
+        for (int64_t i = 0; i < wide(h); i += L) nothing += number(values + i) * 0.0f;
+    }
+    return sum(nothing) == 0;
+}
+
 template <class T, int Q>
 static void attend_tile(const float* const* q, const int64_t* limits, const Pages& pages, int64_t h, float* const* to) {
     constexpr int P = Q * TV >= 8 ? 1 : Q * TV >= 4 ? 2 : 4;
@@ -117,10 +130,11 @@ static void attend_tile(const float* const* q, const int64_t* limits, const Page
     float* out = room.data();
     std::memset(out, 0, Q * w * sizeof(float));
     float largest[Q], total[Q];
-    int64_t longest = 0;
+    int64_t longest = 0, shortest = limits[0];
     for (int i = 0; i < Q; i++) {
         largest[i] = -INFINITY, total[i] = 0;
         longest = limits[i] > longest ? limits[i] : longest;
+        shortest = limits[i] < shortest ? limits[i] : shortest;
     }
     for (int64_t begin = 0; begin < longest; begin += TOKENS) {
         alignas(64) float s[Q * TOKENS];
@@ -137,7 +151,11 @@ static void attend_tile(const float* const* q, const int64_t* limits, const Page
             else
                 std::memset(s + i * TOKENS, 0, TOKENS * sizeof(float));
         }
-        if constexpr (Q > 4) {
+        if (shortest < begin + tokens && !sound<T>(pages, first, shortest < begin ? 0 : shortest - begin, tokens, h)) {
+            for (int i = 0; i < Q; i++)
+                if (limits[i] > begin)
+                    add_block<T, 1>(s + i * TOKENS, pages, first, std::min(limits[i] - begin, tokens), h, out + i * w);
+        } else if constexpr (Q > 4) {
             add_block<T, 4>(s, pages, first, tokens, h, out);
             add_block<T, Q - 4>(s + 4 * TOKENS, pages, first, tokens, h, out + 4 * w);
         } else {
