@@ -9,7 +9,10 @@ import torch
 
 from pensar.base.errors import DataError, ModelError
 from pensar.infer.adaptive import AdaptiveBudget
+from pensar.infer.budget import NO_BUDGET
 from pensar.infer.engine import Engine, Request, SamplingParams
+from pensar.infer.native.runner import NativeRunner
+from pensar.infer.torch_runner import TorchRunner
 from pensar.text.tokenizer import THINK
 
 WIDTH = 12
@@ -105,6 +108,47 @@ def test_it_is_kept_in_the_models_folder(tmp_path: Path) -> None:
         DataError, match="3 answered questions to learn thinking budgets from; give at least 16"
     ):
         learned(torch.zeros(3, 2), [1, 2, 3])
+
+
+def test_states_out_of_all_measure_set_no_limit() -> None:
+    budgets = AdaptiveBudget(torch.zeros(1), torch.ones(1), 0.0, torch.zeros(20))
+    assert budgets.budget(torch.tensor([3.0]), 0.5) == 20  # e^3 - 1, rounded up
+    assert budgets.budget(torch.tensor([-torch.inf]), 0.5) == 0
+    for value in (60.0, 1e4, torch.inf, torch.nan):
+        assert 2**52 < budgets.budget(torch.tensor([value]), 0.5) < NO_BUDGET
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_question_that_the_model_has_no_numbers_for_fails_alone(
+    make_model: Any, tokenizer: Any, native: bool
+) -> None:
+    model = make_model()
+    asked = [[*tokenizer.encode(text), tokenizer.special(THINK)] for text in ("the cat", "one two three")]
+    rare = next(token for token in range(50, 100) if token not in {*asked[0], *asked[1]})
+    with torch.no_grad():
+        model.model.embed_tokens.weight[rare] = torch.nan
+    engine = Engine(NativeRunner(model) if native else TorchRunner(model), tokenizer)
+    engine.adaptive = AdaptiveBudget(torch.zeros(32), torch.zeros(32), 2.0, torch.zeros(9))
+    params = SamplingParams(max_tokens=30, adaptive_budget=0.5, temperature=1.0, bad_ids=(rare,))
+    odd = Request("odd", [rare, *asked[1]], params)
+    whole = engine.run([Request("0", asked[0], params), odd, Request("1", asked[1], params)])
+    assert whole[1].finish_reason == "error"
+    assert whole[1].error is not None
+    assert "NaN" in whole[1].error
+    assert all(0 < whole[at].num_reasoning_tokens <= 7 for at in (0, 2))
+
+
+def test_the_least_thinking_that_a_request_asks_for_wins_over_what_was_learned(
+    make_model: Any, tokenizer: Any
+) -> None:
+    engine = Engine(make_model(), tokenizer)
+    engine.adaptive = AdaptiveBudget(torch.zeros(32), torch.zeros(32), 1.0, torch.zeros(9))
+    prompt = [*tokenizer.encode("the cat"), tokenizer.special(THINK)]
+    for least, expected in ((0, 2), (2, 2), (9, 9)):
+        params = SamplingParams(max_tokens=40, adaptive_budget=0.5, min_thinking=least)
+        [done] = engine.run([Request("x", prompt, params)])
+        assert any(done.forced)
+        assert done.num_reasoning_tokens == expected
 
 
 def test_the_engine_sets_each_budget_from_its_prompts_state(make_model: Any, tokenizer: Any) -> None:

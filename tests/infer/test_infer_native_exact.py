@@ -11,10 +11,12 @@ from pensar.infer.engine import Engine, Request, SamplingParams
 from pensar.infer.native.exact import exact
 from pensar.infer.native.runner import NativeRunner
 from pensar.model.attention import Packed
-from pensar.text.packing import collate
+from pensar.text.packing import collate, one_per_row
 from pensar.text.sample import Sample
 from pensar.train.head import chosen
 from pensar.train.loss import LossConfig, batch_loss, weights_of
+from pensar.train.optimizer import Optimizer, OptimizerConfig
+from pensar.train.step import train_step
 from tests.infer.native_work import MIXTURE, build, logits_of, reference, text
 
 SHAPES = {"dense": {}, "tied": {"tied": True}, "mixture": MIXTURE}
@@ -57,6 +59,26 @@ def test_the_loss_and_its_gradients_are_those_of_the_plain_model_up_to_rounding(
     torch.testing.assert_close(found["exact"][0], found["plain"][0], rtol=1e-5, atol=1e-5)
     for key, grad in found["plain"][1].items():
         torch.testing.assert_close(found["exact"][1][key], grad, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_a_step_of_several_batches_counts_the_experts_of_all_of_them():
+    """In a pass beforehand, which learns nothing."""
+    batches = [
+        one_per_row(
+            [Sample(tokens=np.array(text(n, n), np.int32), ce=np.ones(n, np.float32)) for n in lengths]
+        )
+        for lengths in ((20, 30), (25, 7, 1))
+    ]
+    found = {}
+    for name in ("plain", "exact"):
+        model = build(**MIXTURE, router_balance_weight=0.5).train()
+        optimizer = Optimizer(model, OptimizerConfig(muon=False, adamw_lr=1e-3))
+        with exact(model) if name == "exact" else nullcontext():
+            steps = [train_step(model, optimizer, batches, 1.0, World(), LossConfig()) for _ in range(2)]
+        found[name] = steps
+    assert found["plain"][0]["balance"] > 1.01
+    for own, plain in zip(found["exact"], found["plain"], strict=True):
+        assert own == pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.parametrize("shape", ["dense", "tied"])

@@ -3,8 +3,10 @@ import pytest
 import torch
 
 from pensar.infer import sampling
+from pensar.infer.native.runner import NativeRunner
 from pensar.infer.rows import FIELDS
 from pensar.infer.sampling import logprobs, rules_of, sample, top_logprobs, uniforms
+from tests.infer.native_work import build
 
 DRAWS = 40_000
 
@@ -245,3 +247,43 @@ def test_top_logprobs_are_the_head_of_log_softmax():
     ties = torch.zeros(1, 4_096)
     ties[0, 100] = 1
     assert top_logprobs(ties, 1)[0].tolist() == [[100]]
+
+
+@pytest.mark.parametrize("style", [{}, {"top_k": 4}, {"top_p": 0.9}, {"min_p": 0.1}])
+@pytest.mark.parametrize("temperature", [1e-320, 1e-46, 1e-39, 1e-30])
+@pytest.mark.parametrize("native", [False, True])
+def test_whatever_is_next_to_no_temperature_takes_the_likeliest_token(style, temperature, native):
+    logits = torch.randn(5, 320, generator=torch.Generator().manual_seed(1))
+    rules = rules_of(rows(*[style | {"temperature": temperature}] * 5), torch.device("cpu"))
+    weigh = NativeRunner(build()).weigh if native else sampling.weigh
+    draw = sample(logits, rules, torch.full((5,), 0.9), weigh)
+    assert draw.ids.tolist() == logits.argmax(-1).tolist()
+    assert draw.sound.all()
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_at_any_heat_what_is_forbidden_stays_so_and_all_else_is_as_likely(native):
+    draws = 4_000
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)).expand(draws, -1).clone()
+    logits[:, ::2] = -torch.inf
+    rules = rules_of(rows(*[{"temperature": 1e300}] * draws), torch.device("cpu"))
+    uniform = torch.from_numpy(uniforms(np.zeros(draws, np.uint64), np.arange(draws)))
+    draw = sample(logits, rules, uniform, NativeRunner(build()).weigh if native else sampling.weigh)
+    assert draw.sound.all()
+    counts = np.bincount(draw.ids.numpy(), minlength=40)
+    assert not counts[::2].any()
+    assert counts[1::2] == pytest.approx(draws / 20, abs=4 * np.sqrt(draws / 20))
+
+
+def test_the_library_draws_from_what_lies_apart_in_memory_too():
+    generator = torch.Generator().manual_seed(2)
+    logits, uniform = (
+        torch.randn(64, 640, generator=generator)[:, ::2],
+        torch.rand(128, generator=generator)[::2],
+    )
+    temperature = torch.rand(64, 2, generator=generator)[:, :1] + 0.5
+    ids, top, total = NativeRunner(build()).weigh(logits, temperature, uniform)
+    plain = sampling.weigh(logits.clone(), temperature, uniform)
+    assert ids.tolist() == plain[0].tolist()
+    assert torch.equal(top, plain[1])
+    torch.testing.assert_close(total, plain[2])

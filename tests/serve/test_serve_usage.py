@@ -177,12 +177,17 @@ def test_a_step_that_fails_is_recorded_with_what_was_drawn_before(endless: Servi
     endless.worker._engine.step = fragile  # type: ignore[method-assign]
     with ServerThread(endless) as running, connected(running.url) as client:
         with pytest.raises(openai.InternalServerError):
-            client.completions.create(model="endless", prompt="Two", max_tokens=50, user="bob")
+            client.completions.create(model="endless", prompt="Two", max_tokens=50, temperature=0, user="bob")
         # OpenAI's newer field wins, and a refused request is one that the engine never took.
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model="endless", prompt="Two", max_tokens=5000)
         client.completions.create(
-            model="endless", prompt="Two", max_tokens=5, extra_body={"safety_identifier": "eve"}, user="bob"
+            model="endless",
+            prompt="Two",
+            max_tokens=5,
+            temperature=0,
+            extra_body={"safety_identifier": "eve"},
+            user="bob",
         )
     failed, fine = records(folder)
     assert (failed.finish_reason, failed.output_tokens, failed.user) == ("error", 7, "bob")

@@ -21,6 +21,8 @@ NAME = "thinking_budget.safetensors"
 """In a model's folder."""
 FEWEST = 16
 """Questions to learn from."""
+LONGEST, MOST = 40.0, 2**62
+"""Logarithm from which a length is no limit any more, and the budget that says so."""
 PENALTIES = 10.0 ** np.arange(-3, 5)
 """Of which the one with the smallest error on left-out questions is taken."""
 
@@ -72,7 +74,9 @@ class AdaptiveBudget:
         expected = float(centred @ self.weight_D) + self.offset
         # The errors of n questions and the next one are equally likely to rank anywhere.
         rank = min(len(self.errors_n) - 1, math.ceil(share * (len(self.errors_n) + 1)) - 1)
-        return max(0, math.ceil(math.expm1(expected + float(self.errors_n[max(0, rank)]))))
+        length = expected + float(self.errors_n[max(0, rank)])
+        # Also NaN, of a state that no token can be drawn from: whoever draws says so.
+        return max(0, math.ceil(math.expm1(length))) if length < LONGEST else MOST
 
     def save(self, folder: Path) -> None:
         tensors = {"mean": self.mean_D, "weight": self.weight_D, "errors": self.errors_n}

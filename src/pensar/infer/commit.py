@@ -83,7 +83,8 @@ class Commit:
             share = self._rows.requests[row].params.adaptive_budget
             if share:
                 budget = adaptive.budget(hidden_SD[int(first_A[at])], share)
-                state["budget"][row] = min(int(state["budget"][row]), budget)
+                least = self._rows.requests[row].params.min_thinking
+                state["budget"][row] = min(int(state["budget"][row]), max(least, budget))
 
     def _score(self, row: int, logits_SV: Tensor) -> None:
         """Log-probabilities of the tokens behind those that were computed, as far as they are given."""

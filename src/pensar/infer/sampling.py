@@ -31,6 +31,10 @@ MAX_BLOCK, MIN_BLOCK = 64, 16
 MARGIN = 8
 """Leading tokens beyond top-k, so that equal logits at its limit are seen to be equal."""
 
+COLDEST = float(np.finfo(np.float32).tiny)
+HOTTEST = 1 / COLDEST
+"""Beyond them a temperature or its inverse would be 0 or infinite in float32; it counts as the nearer of the two."""
+
 NO_LIMIT = np.iinfo(np.int64).max
 
 FIRST_LOOK, LOOK_GROWTH = 256, 16
@@ -83,7 +87,7 @@ def rules_of(rows: Rows, device: torch.device) -> Rules:
     sampled = ~greedy
     filters = sampled & ((rows["top_k"] > 0) | (rows["top_p"] < 1) | (rows["min_p"] > 0))
     chosen = rows[filters]
-    temperature = np.where(greedy, 1.0, rows["temperature"])
+    temperature = np.where(greedy, 1.0, np.clip(rows["temperature"], COLDEST, HOTTEST))
 
     def column(values: npt.NDArray[np.generic], dtype: torch.dtype) -> Tensor:
         return torch.tensor(np.ascontiguousarray(values), dtype=dtype, device=device)[:, None]
@@ -95,7 +99,7 @@ def rules_of(rows: Rows, device: torch.device) -> Rules:
         temperature_N1=column(temperature, torch.float32) if (temperature != 1).any() else None,
         filtered=torch.tensor(np.flatnonzero(filters), device=device) if filters.any() else None,
         filters=Filters(
-            column(chosen["temperature"], torch.float32),
+            column(temperature[filters], torch.float32),
             column(np.where(chosen["top_k"] > 0, chosen["top_k"], NO_LIMIT), torch.int64),
             column(chosen["top_p"], torch.float32),
             column(chosen["min_p"], torch.float32),

@@ -34,7 +34,9 @@ def exact(model: Qwen3, weights: Kind = "float32", threads: int | None = None) -
 
     def states(tokens_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
         values_BTD = engine.states(tokens_BT, positions_BT)
-        if not torch.is_grad_enabled():
+        # Routers in training note where they sent the tokens, which their balance is told from, without a gradient too.
+        noted = model.training and model.config.num_experts > 0
+        if not torch.is_grad_enabled() and not noted:
             return values_BTD
         valued: Tensor = _Valued.apply(forward(tokens_BT, positions_BT, attend), values_BTD)  # type: ignore[no-untyped-call]
         return valued

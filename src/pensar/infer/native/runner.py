@@ -135,15 +135,17 @@ class NativeRunner:
         self, logits_NV: Tensor, temperature_N1: Tensor | None, uniform_N: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         num, vocabulary = logits_NV.shape
-        logits_NV = logits_NV.contiguous()
+        # Names keep the copies alive that the library reads from.
+        logits_NV, uniform_N = logits_NV.contiguous(), uniform_N.contiguous()
+        temperature_N1 = None if temperature_N1 is None else temperature_N1.contiguous()
         ids_N = torch.empty(num, dtype=torch.int64)
         top_N, total_N = torch.empty(2, num)
         self._library.pensar_weigh(
             logits_NV.data_ptr(),
             num,
             vocabulary,
-            None if temperature_N1 is None else temperature_N1.contiguous().data_ptr(),
-            uniform_N.contiguous().data_ptr(),
+            None if temperature_N1 is None else temperature_N1.data_ptr(),
+            uniform_N.data_ptr(),
             ids_N.data_ptr(),
             top_N.data_ptr(),
             total_N.data_ptr(),

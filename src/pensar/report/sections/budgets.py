@@ -104,7 +104,8 @@ def _at(point: WayPoint, frame: Frame) -> Point:
 
 
 def _title(point: WayPoint, name: str) -> str:
-    said = f"{percent(point.accuracy)} ({interval(point.low, point.high)}), {significant(point.reasoning_tokens)} tokens"
+    thought = significant(point.reasoning_tokens)
+    said = f"{percent(point.accuracy)} ({interval(point.low, point.high)}), {thought} tokens"
     if point.budget is None:
         return f"without limit: {said}"
     return f"{name}, to suffice for {percent(point.share)}: {said}"
