@@ -102,9 +102,9 @@ class LLM:
     `dtype` None means float32 on a CPU, where 16-bit products are slower, and the file's own type elsewhere. `weights`
     in "int8" or "int4" answers faster on a CPU, and rounds; a `cache` in "bfloat16" or "int8" holds longer texts;
     `threads` None are as many as are fastest, and `pin` keeps each on its core; `adapters` are LoRA folders by the
-    names that requests use. Tokens are guessed ahead, which changes no reply, by `lookup` in the text, by a smaller model (`draft`) or by a
-    trained head (`draft_head`). The cache's old pages go to a `spill`. A `runner` has the folder's weights already, for
-    instance on several ranks.
+    names that requests use. Tokens are guessed ahead, which changes no reply, by `lookup` in the text, by a smaller
+    model (`draft`) or by a trained head (`draft_head`). The cache's old pages go to a `spill`. A `runner` has the
+    folder's weights already, for instance on several ranks.
     Raises ModelError for a folder that cannot be opened and for a tokenizer with more tokens than the model.
     """
 

@@ -23,7 +23,7 @@ NATIVE = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 Cache = Literal["as_is", "bfloat16", "int8"]
-"""Type of keys and values in the cache, with native kernels; `as_is` is float32 there and the model's type elsewhere."""
+"""Type of keys and values in the cache with native kernels; `as_is` is float32 there, the model's type elsewhere."""
 
 
 def runner_for(
