@@ -203,7 +203,7 @@ def test_a_directory_is_opened_with_a_spill_or_with_a_runner_that_has_its_weight
     assert with_runner.engine.runner is runner
     for llm in (with_spill, with_runner):
         assert llm.chat(turn, max_tokens=8) == expected
-    with pytest.raises(ConfigError, match="weights='int8' and a runner"):
+    with pytest.raises(ConfigError, match="weights='int8' and cache='as_is' with a runner"):
         LLM(folder, runner=runner, weights="int8")
 
 

@@ -165,7 +165,7 @@ def train_step(
         witness.gradients(model)
     largest = Totals.of(sums).mismatch_max
     totals = Totals.of(spread.tokens.all_reduce_(sums))
-    if totals.pg_weight:
+    if any(batch.pg is not None for batch in batches):
         totals.mismatch_max = max(spread.tokens.gather(largest))
     metrics = _means(totals) | (balance.metrics() if balance else {})
     metrics["gradient_norm"] = optimizer.clip()
