@@ -300,10 +300,8 @@ def _edge_bytes(model: ModelConfig, layout: Layout, step: Step) -> float:
 def _logit_bytes(layout: Layout, step: Step) -> float:
     """Of one logit: as computed and in float32, its probability, which its gradient replaces, and that as computed."""
     c = step.compute_bytes
-    if (
-        layout.tp > 1
-    ):  # gathered from the ranks, and computed again in the backward pass where there are chunks
-        return (8 if step.tokens(layout) > step.chunk_tokens else 4) * c
+    if layout.tp > 1:  # gathered from the ranks; chunks are computed again, one at a time
+        return 4 * c
     if step.on_cpu:
         return STORED if c == STORED else 2 * c + STORED
     return 2 * STORED if c == STORED else c + 2 * STORED
