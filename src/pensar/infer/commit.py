@@ -165,7 +165,8 @@ class Commit:
             for row, token in zip(rows.tolist(), ids.tolist(), strict=True):
                 if (constraint := self._rows.constraints[row]) is not None:
                     constraint.accept(token)
-        stopped |= self._spelled(rows, ids)
+        if any(self._rows.stops):
+            stopped |= self._spelled(rows, ids)
         ended = stopped | (state["total"][rows] >= state["limit"][rows])
         if ended.any():
             self._end(rows[ended & ~stopped], "length")
@@ -192,10 +193,9 @@ class Commit:
     def _spelled(self, rows: Ints, ids: Ints) -> Bools:
         """Where a token completes a stop string."""
         found = np.zeros(len(rows), np.bool_)
-        if any(self._rows.stops):
-            for index, (row, token) in enumerate(zip(rows.tolist(), ids.tolist(), strict=True)):
-                matcher = self._rows.stops[row]
-                found[index] = matcher is not None and matcher.feed([token]) is not None
+        for index, (row, token) in enumerate(zip(rows.tolist(), ids.tolist(), strict=True)):
+            matcher = self._rows.stops[row]
+            found[index] = matcher is not None and matcher.feed([token]) is not None
         return found
 
     def _force(self, row: int, thinking: Thinking) -> None:
