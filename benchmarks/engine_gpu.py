@@ -41,7 +41,7 @@ from benchmarks.engine_gpu_work import (
     warm_up,
 )
 from benchmarks.engine_work import prompts_of
-from benchmarks.pretrain_gpu import Line, line_of, show, unfit
+from benchmarks.pretrain_gpu import Line, error_line, line_of, show, unfit
 from pensar.infer.engine import Engine
 from pensar.infer.speculate import speculation
 from pensar.model.config import replace
@@ -114,14 +114,7 @@ def checks(work: Work) -> Iterator[Line]:
             yield from engine_gpu_checks.float8(device, config, work.dtype, small)
 
     for one in found():
-        yield line_of(
-            f"{one.name}_error",
-            one.error,
-            unit="relative error",
-            peer_name=one.reference,
-            target=one.allowed,
-            reached=one.error <= one.allowed,
-        )
+        yield error_line(one)
 
 
 # ---------------------------------------------------------------- how fast

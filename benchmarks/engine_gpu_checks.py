@@ -94,7 +94,7 @@ def runners(
     }
     allowed = MODEL_ERROR if dtype != torch.float32 else 10 * SINGLE_ERROR
     for name, rows in steps.items():
-        batch = step_of(rows)
+        batch = StepBatch.of(rows)
         for runner in (theirs, ours):
             runner.reserve(int(batch.pages_RP.max()) + 1)
         error = relative(ours.run(batch).logits_SV, theirs.run(batch).logits_SV)
@@ -113,7 +113,7 @@ def float8(
     for runner in (theirs, ours):
         runner.reserve(3)
     for name, rows in (("many", [(text[:16], 0, [1, 2])]), ("one", [(text[16:], 16, [1, 2])])):
-        batch = step_of(rows)
+        batch = StepBatch.of(rows)
         error = relative(ours.run(batch).logits_SV, theirs.run(batch).logits_SV)
         yield Finding(f"float8_{name}", error, FLOAT8_MODEL_ERROR, f"{_of(dtype)} by torch")
 
@@ -148,22 +148,6 @@ def replies(runner: Runner, prompts: Sequence[Sequence[int]], new: int) -> list[
     params = SamplingParams(max_tokens=new, ignore_eos=True)
     requests = [Request(str(number), list(prompt), params) for number, prompt in enumerate(prompts)]
     return [reply.tokens for reply in engine.run(requests)]
-
-
-def step_of(rows: Sequence[Row]) -> StepBatch:
-    """All tokens are wanted."""
-    starts = np.cumsum([0, *(len(tokens) for tokens, _, _ in rows)])
-    pages = np.zeros((len(rows), max(len(numbers) for *_, numbers in rows)), np.int64)
-    for row, (*_, numbers) in enumerate(rows):
-        pages[row, : len(numbers)] = numbers
-    return StepBatch(
-        tokens_N=np.array([token for tokens, _, _ in rows for token in tokens]),
-        positions_N=np.concatenate([np.arange(done, done + len(tokens)) for tokens, done, _ in rows]),
-        starts=starts,
-        lengths_R=np.array([done + len(tokens) for tokens, done, _ in rows]),
-        pages_RP=pages,
-        wanted_S=np.arange(starts[-1]),
-    )
 
 
 # ---------------------------------------------------------------- one kernel
@@ -237,7 +221,7 @@ def _attention(device: torch.device, dtype: torch.dtype, tested: ModuleType, siz
         ([0] * 45, 17, pages[16:20]),
         ([0] * 30, 0, pages[20:22]),
     ]
-    _, work = work_of(step_of(rows), 4, device)
+    _, work = work_of(StepBatch.of(rows), 4, device)
     draw = _Drawn(device, dtype)
     num = len(work.positions_N)
     qkv, norms = draw(num, 12 * size), draw(2, size)

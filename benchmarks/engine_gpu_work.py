@@ -12,13 +12,12 @@ import numpy as np
 import torch
 
 from benchmarks import gpu_checks
-from benchmarks.engine_gpu_checks import step_of
 from pensar.infer.cuda import twins
 from pensar.infer.cuda.graphs import rerun
 from pensar.infer.cuda.runner import CudaRunner
 from pensar.infer.engine import Engine, Request, SamplingParams
 from pensar.infer.runners import runner_for
-from pensar.infer.step import PAGE, Runner
+from pensar.infer.step import PAGE, Runner, StepBatch
 from pensar.model import hardware
 from pensar.model.config import ModelConfig, replace
 from pensar.model.hf import to_hf
@@ -205,7 +204,7 @@ def step_seconds(runner: Runner, batch: int, done: int, num: int) -> float:
     pages = -(-(done + num + 1) // PAGE)
     runner.reserve(batch * pages + 1)
     numbers = [list(range(1 + row * pages, 1 + (row + 1) * pages)) for row in range(batch)]
-    steps = [step_of([([1], done + at, numbers[row]) for row in range(batch)]) for at in range(num + 1)]
+    steps = [StepBatch.of([([1], done + at, numbers[row]) for row in range(batch)]) for at in range(num + 1)]
     begin = 0.0
     for at, step in enumerate(steps):
         if at == 1:

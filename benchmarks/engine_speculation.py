@@ -186,14 +186,8 @@ def pass_costs(target: Qwen3, batch: int, rounds: int, lengths: int = 160) -> di
     for number in range(20 * rounds):
         for tokens in (lengths, *PASSES) if not number else PASSES:
             first = 0 if tokens == lengths else lengths
-            step = StepBatch(
-                tokens_N=np.random.default_rng(number).integers(0, target.config.vocab_size, batch * tokens),
-                positions_N=np.tile(first + np.arange(tokens), batch),
-                starts=tokens * np.arange(batch + 1),
-                lengths_R=np.full(batch, first + tokens),
-                pages_RP=pages_RP,
-                wanted_S=np.arange(batch * tokens),
-            )
+            new = np.random.default_rng(number).integers(0, target.config.vocab_size, (batch, tokens))
+            step = StepBatch.of([(row, first, pages) for row, pages in zip(new, pages_RP, strict=True)])
             start = time.process_time()
             runner.run(step)
             if tokens in seconds:

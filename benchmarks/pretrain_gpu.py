@@ -84,14 +84,19 @@ def checks(_: int) -> Iterator[Line]:
         tests.append(lambda: gpu_checks.float8_follows(gpu_checks.small()))
     for test in tests:
         for found in test():
-            yield line_of(
-                f"{found.name}_error",
-                found.error,
-                unit="relative error",
-                peer_name=found.reference,
-                target=found.allowed,
-                reached=found.error <= found.allowed,
-            )
+            yield error_line(found)
+
+
+def error_line(found: gpu_checks.Finding) -> Line:
+    """A comparison as a line of output."""
+    return line_of(
+        f"{found.name}_error",
+        found.error,
+        unit="relative error",
+        peer_name=found.reference,
+        target=found.allowed,
+        reached=found.error <= found.allowed,
+    )
 
 
 def memory(_: int) -> Iterator[Line]:

@@ -19,31 +19,19 @@ from benchmarks import (
     engine_work,
 )
 from pensar.model.attention import Packed
-from pensar.model.config import ModelConfig
 from pensar.model.gguf import export_gguf
 from pensar.model.qwen3 import Qwen3
 from pensar.model.weights import load_model
-
-SMALL = ModelConfig(
-    vocab_size=320,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    initializer_range=0.3,
-    tied=True,
-)
+from tiny import BENCHED
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return engine_work.directory(tmp_path_factory.mktemp("small") / "model", SMALL)
+    return engine_work.directory(tmp_path_factory.mktemp("small") / "model", BENCHED)
 
 
 def test_contenders_answer_the_same_prompts_with_the_same_tokens(folder: Path) -> None:
-    prompts = engine_work.prompts_of(3, 2, SMALL, length=20)
+    prompts = engine_work.prompts_of(3, 2, BENCHED, length=20)
     theirs = engine_transformers.generator(str(folder))(prompts, 6)
     assert [len(reply) for reply in theirs] == [6, 6]
     for kind in engine_ours.kinds():
@@ -55,7 +43,7 @@ def test_contenders_answer_the_same_prompts_with_the_same_tokens(folder: Path) -
 
 def test_llama_cpp_answers_several_prompts_in_their_order(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", exc_type=ImportError)
-    prompts = engine_work.prompts_of(4, 3, SMALL, length=20)
+    prompts = engine_work.prompts_of(4, 3, BENCHED, length=20)
     ours = engine_ours.generator(str(folder), 3, engine_ours.TORCH)(prompts, 1)
     generate = engine_llama_cpp.generator(str(export_gguf(folder, tmp_path / "model.gguf", "f32")), 3)
     assert generate(prompts, 1) == ours
@@ -104,7 +92,7 @@ def test_replies_of_another_length_are_no_measurement() -> None:
 
 
 def test_weights_are_counted_as_the_model_has_them_norms_apart() -> None:
-    for config in (SMALL, engine_work.CONFIG, engine_rollouts.CONFIG):
+    for config in (BENCHED, engine_work.CONFIG, engine_rollouts.CONFIG):
         with torch.device("meta"):
             model = Qwen3(config)
         matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
@@ -188,7 +176,7 @@ def test_the_peers_second_pass_gives_the_log_probabilities_of_the_model(folder: 
 
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model = load_model(folder)
-    ids = torch.tensor(engine_work.prompts_of(0, 10, SMALL, length=9))  # more rows than a pass takes
+    ids = torch.tensor(engine_work.prompts_of(0, 10, BENCHED, length=9))  # more rows than a pass takes
     with torch.no_grad():
         found = engine_rollouts._logprobs(peer, ids, torch.ones_like(ids), 4)
         logits = model.logits(model(ids, torch.arange(9).expand(10, -1), Packed()))
@@ -200,7 +188,7 @@ def test_the_peers_second_pass_gives_the_log_probabilities_of_the_model(folder: 
 
 
 def test_the_engines_own_share_is_between_nothing_and_all() -> None:
-    share, seconds = engine_costs._own_share(SMALL, engine_ours.TORCH, steps=8)
+    share, seconds = engine_costs._own_share(BENCHED, engine_ours.TORCH, steps=8)
     assert 0 < share < 1
     assert 0 < seconds < 5
 
@@ -213,7 +201,7 @@ def test_new_weights_are_taken_by_an_engine_at_work() -> None:
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_the_spill_is_measured_on_prompts_that_push_each_other_out(place: str) -> None:
-    row = engine_spill.spill_line(SMALL, engine_ours.TORCH, place, rounds=1)
+    row = engine_spill.spill_line(BENCHED, engine_ours.TORCH, place, rounds=1)
     # Keys and values of 2 layers, 2 heads of 8 numbers of 4 bytes.
     assert row["page_kib"] == 2 * 2 * 2 * 8 * 4 * row["page_tokens"] / 2**10
     assert row["ratio"] == pytest.approx(row["peer"] / row["ours"], rel=1e-3)

@@ -10,26 +10,14 @@ from benchmarks import engine_mismatch
 from pensar.infer.native.exact import exact
 from pensar.infer.native.library import available
 from pensar.model.attention import Packed
-from pensar.model.config import ModelConfig
-
-SMALL = ModelConfig(
-    vocab_size=320,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    initializer_range=0.3,
-    tied=True,
-)
+from tiny import BENCHED
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_the_difference_is_that_of_a_plain_pass_and_of_an_exact_one_nothing(kind: str) -> None:
     if not available():
         pytest.skip("no compiler")
-    model = engine_mismatch._model(SMALL)
+    model = engine_mismatch._model(BENCHED)
     samples = engine_mismatch._drawn(model, kind, 700)  # type: ignore[arg-type]
     assert len({len(sample) for sample in samples}) > 5
     largest, total, tokens = 0.0, 0.0, 0
@@ -53,7 +41,7 @@ def test_the_difference_is_that_of_a_plain_pass_and_of_an_exact_one_nothing(kind
 
 
 def test_a_step_of_the_tiny_recipe_learns_and_costs_something() -> None:
-    step = engine_mismatch._step_of(engine_mismatch._model(SMALL))
+    step = engine_mismatch._step_of(engine_mismatch._model(BENCHED))
     drawing, learning = step(0)
     assert 0 < drawing < 20
     assert 0 < learning < 20

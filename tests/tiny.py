@@ -24,6 +24,19 @@ from pensar.train.loss import LossConfig
 from pensar.train.optimizer import Optimizer, OptimizerConfig
 from pensar.train.step import train_step
 
+BENCHED = ModelConfig(
+    vocab_size=320,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    initializer_range=0.3,
+    tied=True,
+)
+"""What the benchmarks are tried on: every context gets a next token of its own."""
+
 SHAPE: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 32,

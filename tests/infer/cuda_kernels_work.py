@@ -24,6 +24,7 @@ from pensar.infer.cuda.cache import SlabCache
 from pensar.infer.cuda.graphs import Outputs
 from pensar.infer.cuda.runner import CudaRunner, _fault
 from pensar.infer.cuda.work import TILE_ROWS, Work
+from pensar.infer.step import StepBatch
 from pensar.model.config import ModelConfig, replace
 from pensar.model.qwen3 import Qwen3
 from pensar.model.sizes import size
@@ -144,7 +145,7 @@ def refused(which: str) -> str:
     waiting = SimpleNamespace(**{**vars(kernels), "grouped_product": twins.grouped_product})
     runner = CudaRunner(Qwen3(_shape(which)).eval(), kernels=waiting, capture=taped)  # type: ignore[arg-type]
     try:
-        runner.run(engine_gpu_checks.step_of([([1], 0, [1]), ([2], 0, [2])]))
+        runner.run(StepBatch.of([([1], 0, [1]), ([2], 0, [2])]))
     except RuntimeError as error:
         return str(error)
     return ""

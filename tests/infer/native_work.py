@@ -72,18 +72,8 @@ def pages_for(length: int, first: int = 1) -> list[int]:
 
 def batch_of(rows: Sequence[Row], wanted: Sequence[int] | None = None) -> StepBatch:
     """All tokens are wanted unless said."""
-    starts = np.cumsum([0, *(len(tokens) for tokens, _, _ in rows)])
-    pages = np.zeros((len(rows), max(len(pages) for *_, pages in rows)), np.int64)
-    for row, (*_, numbers) in enumerate(rows):
-        pages[row, : len(numbers)] = numbers
-    return StepBatch(
-        tokens_N=np.array([token for tokens, _, _ in rows for token in tokens]),
-        positions_N=np.concatenate([np.arange(done, done + len(tokens)) for tokens, done, _ in rows]),
-        starts=starts,
-        lengths_R=np.array([done + len(tokens) for tokens, done, _ in rows]),
-        pages_RP=pages,
-        wanted_S=np.arange(starts[-1]) if wanted is None else np.array(wanted),
-    )
+    batch = StepBatch.of(rows)
+    return batch if wanted is None else replace(batch, wanted_S=np.array(wanted))
 
 
 def logits_of(runner: NativeRunner, tokens: list[int]) -> torch.Tensor:

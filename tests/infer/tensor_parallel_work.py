@@ -5,7 +5,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -32,11 +31,7 @@ def texts(engine: Engine, max_tokens: int = 20, **more: Any) -> list[list[int]]:
 
 def batch_of(prompt: list[int]) -> StepBatch:
     """All tokens of one text at once, from its beginning."""
-    count = len(prompt)
-    pages = np.arange(1, -(-count // PAGE) + 1)[None]
-    return StepBatch(
-        np.asarray(prompt), np.arange(count), np.array([0, count]), np.array([count]), pages, np.arange(count)
-    )
+    return StepBatch.of([(prompt, 0, range(1, -(-len(prompt) // PAGE) + 1))])
 
 
 def served(world: World, source: Path | dict[str, Any], options: dict[str, Any]) -> Any:

@@ -112,6 +112,12 @@ def seed_of(*parts: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") >> 1
 
 
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file with their ends, but for a torn one that a kill in mid-write left; none without a file."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith(b"\n")]
+
+
 def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
     """Writes rows (structs, dictionaries, lists) one JSON value a line, atomically; returns how many."""
     encoder = msgspec.json.Encoder(order="deterministic")

@@ -19,6 +19,15 @@ from pensar.model.adapter import load_adapter
 from pensar.model.lora import adapted_weights
 from pensar.model.qwen3 import Qwen3
 
+PLACES = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+"""Modules of each product of a block with fused weights, in the order of its outputs; native kernels count alike (`enum
+Place`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -29,6 +38,12 @@ class Change:
     """With the scale alpha / r in it."""
     gain_O: Tensor | None
     """DoRA's length of each row over the length of W + s B A."""
+
+    def add_(self, x_NI: Tensor, y_NO: Tensor, index_n: Tensor) -> None:
+        """Changes y where it is, in the rows `index_n` alone."""
+        delta_nO = (x_NI[index_n].to(self.a_rI.dtype) @ self.a_rI.mT) @ self.b_Or.mT
+        sum_nO = y_NO[index_n] + delta_nO
+        y_NO[index_n] = (sum_nO if self.gain_O is None else sum_nO * self.gain_O).to(y_NO.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,30 +75,50 @@ def read_adapter(model: Qwen3, folder: Path) -> Adapter:
     return Adapter(folder, linear, experts)
 
 
-class Adapters:
-    """The loaded adapters of a module, by number, and their part in a pass over rows of several."""
+class Numbered:
+    """The loaded adapters by number."""
 
-    def __init__(self, model: Qwen3) -> None:
-        self._model = model
+    def __init__(self) -> None:
         self._loaded: dict[int, Adapter] = {}
-        self._tokens: dict[int, Tensor] = {}
-        self._hooked = False
 
     def set(self, number: int, adapter: Adapter | None) -> None:
         """Gives an adapter a number, or takes it away."""
         if adapter is None:
             self._loaded.pop(number, None)
-            return
-        self._loaded[number] = adapter
-        if not self._hooked:
-            for name, module in self._model.named_modules():
-                if isinstance(module, nn.Linear) and name != "lm_head":
-                    module.register_forward_hook(self._hook(name))
-            self._hooked = True
+        else:
+            self._loaded[number] = adapter
 
     def alone(self, adapters_R: Ints) -> bool:
         """Whether rows must be computed apart: stacked experts are those of one adapter at a time."""
         return any(self._loaded[number].experts for number in set(adapters_R.tolist()) if number >= 0)
+
+    @staticmethod
+    def tokens_of(adapters_R: Ints, counts_R: Ints, device: torch.device) -> dict[int, Tensor]:
+        """By number, which tokens of a pass over rows with these adapters are an adapter's."""
+        adapter_N = np.repeat(adapters_R, counts_R)
+        return {
+            number: torch.from_numpy(np.flatnonzero(adapter_N == number)).to(device, non_blocking=True)
+            for number in np.unique(adapter_N).tolist()
+            if number >= 0
+        }
+
+
+class Adapters(Numbered):
+    """The loaded adapters of a module and their part in a pass over rows of several."""
+
+    def __init__(self, model: Qwen3) -> None:
+        super().__init__()
+        self._model = model
+        self._tokens: dict[int, Tensor] = {}
+        self._hooked = False
+
+    def set(self, number: int, adapter: Adapter | None) -> None:
+        super().set(number, adapter)
+        if adapter is not None and not self._hooked:
+            for name, module in self._model.named_modules():
+                if isinstance(module, nn.Linear) and name != "lm_head":
+                    module.register_forward_hook(self._hook(name))
+            self._hooked = True
 
     @contextmanager
     def over(self, adapters_R: Ints | None, counts_R: Ints, device: torch.device) -> Iterator[None]:
@@ -91,12 +126,8 @@ class Adapters:
         if adapters_R is None:
             yield
             return
-        adapter_N = np.repeat(adapters_R, counts_R)
-        numbers = [number for number in np.unique(adapter_N).tolist() if number >= 0]
-        self._tokens = {
-            number: torch.from_numpy(np.flatnonzero(adapter_N == number)).to(device) for number in numbers
-        }
-        with self._experts(numbers):
+        self._tokens = self.tokens_of(adapters_R, counts_R, device)
+        with self._experts(list(self._tokens)):
             try:
                 yield
             finally:
@@ -124,12 +155,8 @@ class Adapters:
                 return None
             x_NI, y_NO = inputs[0].flatten(0, -2), output.flatten(0, -2)
             for number, index_n in self._tokens.items():
-                change = self._loaded[number].linear.get(name)
-                if change is None:
-                    continue
-                delta_nO = (x_NI[index_n].to(change.a_rI.dtype) @ change.a_rI.mT) @ change.b_Or.mT
-                sum_nO = y_NO[index_n] + delta_nO
-                y_NO[index_n] = (sum_nO if change.gain_O is None else sum_nO * change.gain_O).to(y_NO.dtype)
+                if (change := self._loaded[number].linear.get(name)) is not None:
+                    change.add_(x_NI, y_NO, index_n)
             return y_NO.view(output.shape)
 
         return add

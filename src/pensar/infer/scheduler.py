@@ -222,6 +222,16 @@ class Scheduler:
                     sources.append(index)
         return np.asarray(rows, np.int64), np.asarray(sources, np.int64)
 
+    def check(self) -> None:
+        """Raises AssertionError unless the books of pages and rows agree; for tests."""
+        self.pool.check()
+        readers = np.zeros(self.pool.num_pages, np.int32)
+        for row in range(self.rows.num):
+            np.add.at(readers, self.rows.pages[row, : self.rows.state["num_pages"][row]], 1)
+        assert (readers == self.pool.readers).all(), "a page has other readers than the rows that have it"
+        numbers = [self.rows.index[request.id] for request in self.rows.requests]
+        assert numbers == list(range(self.rows.num)), "rows and their index disagree"
+
     # ------------------------------------------------------------ inside
 
     def _counts(self, drafts: Ints | None) -> Ints:

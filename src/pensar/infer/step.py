@@ -5,7 +5,7 @@ Shape legend: N tokens of all rows, R rows, P pages of the longest row, S tokens
 V vocabulary, D hidden.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,6 +20,10 @@ from pensar.model.qwen3 import Qwen3
 
 PAGE = 16
 """Tokens of a page of the cache."""
+
+
+Row = tuple[Sequence[int] | Ints, int, Sequence[int] | Ints]
+"""New tokens, how many tokens of the text are in the cache before them, and the text's pages in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,25 @@ class StepBatch:
     """Indices into N, ascending."""
     adapters_R: Ints | None = None
     """Number of each row's adapter, -1 for none; None where no row has one."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], *, last: bool = False) -> "StepBatch":
+        """A batch of rows without adapters; all tokens are wanted, or the `last` of each row."""
+        counts_R = np.array([len(tokens) for tokens, _, _ in rows])
+        lengths_R = counts_R + np.array([done for _, done, _ in rows])
+        starts = np.concatenate(([0], np.cumsum(counts_R)))
+        pages_RP = np.zeros((len(rows), -(-int(lengths_R.max()) // PAGE)), np.int64)
+        for row, (_, _, pages) in enumerate(rows):
+            used = pages[: pages_RP.shape[1]]
+            pages_RP[row, : len(used)] = used
+        return cls(
+            tokens_N=np.concatenate([np.asarray(tokens, np.int64) for tokens, _, _ in rows]),
+            positions_N=np.arange(starts[-1]) + np.repeat(lengths_R - counts_R - starts[:-1], counts_R),
+            starts=starts,
+            lengths_R=lengths_R,
+            pages_RP=pages_RP,
+            wanted_S=starts[1:] - 1 if last else np.arange(starts[-1]),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +149,18 @@ def rows_of(batch: StepBatch, rows: Ints) -> tuple[StepBatch, Ints]:
         adapters_R=None if batch.adapters_R is None else batch.adapters_R[rows],
     )
     return part, wanted
+
+
+def run_apart(batch: StepBatch, adapters_R: Ints, run: Callable[[StepBatch, int], StepOutput]) -> StepOutput:
+    """The rows of one adapter after those of another by `run(part, number)`, the output in the order of the batch."""
+    outputs, places = [], []
+    for number in np.unique(adapters_R).tolist():
+        part, wanted = rows_of(batch, np.flatnonzero(adapters_R == number))
+        outputs.append(run(part, number))
+        places.append(wanted)
+    logits_SV = torch.cat([output.logits_SV for output in outputs])
+    order = torch.from_numpy(np.argsort(np.concatenate(places))).to(logits_SV.device)
+    return StepOutput(logits_SV[order], torch.cat([output.hidden_SD for output in outputs])[order])
 
 
 def module_bytes(model: Qwen3) -> int:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from pensar.infer.adapters import Adapter, Adapters
 from pensar.infer.request import Ints
 from pensar.infer.sampling import weigh
-from pensar.infer.step import PAGE, StepBatch, StepOutput, module_bytes, rows_of
+from pensar.infer.step import PAGE, StepBatch, StepOutput, module_bytes, run_apart
 from pensar.infer.sync import replace_weights
 from pensar.model.qwen3 import Qwen3
 
@@ -63,7 +63,7 @@ class TorchRunner:
         try:
             with torch.inference_mode():
                 if batch.adapters_R is not None and self._adapters.alone(batch.adapters_R):
-                    return self._run_apart(batch, batch.adapters_R)
+                    return run_apart(batch, batch.adapters_R, lambda part, _: self._run(part))
                 return self._run(batch)
         finally:
             if training:
@@ -124,19 +124,6 @@ class TorchRunner:
         if len(batch.wanted_S) < len(hidden_ND):
             hidden_ND = hidden_ND[_there(self.device, batch.wanted_S)]
         return StepOutput(self.model.logits(hidden_ND).float(), hidden_ND)
-
-    def _run_apart(self, batch: StepBatch, adapters_R: Ints) -> StepOutput:
-        """The rows of one adapter after those of another, the output in the order of the batch."""
-        outputs, places = [], []
-        for number in np.unique(adapters_R).tolist():
-            part, wanted = rows_of(batch, np.flatnonzero(adapters_R == number))
-            outputs.append(self._run(part))
-            places.append(wanted)
-        order = _there(self.device, np.argsort(np.concatenate(places)))
-        return StepOutput(
-            torch.cat([output.logits_SV for output in outputs])[order],
-            torch.cat([output.hidden_SD for output in outputs])[order],
-        )
 
 
 class _Paged:

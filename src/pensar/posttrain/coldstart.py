@@ -21,7 +21,7 @@ from pensar.base.ranks import World
 from pensar.base.stage import Counts, Runtime
 from pensar.infer.engine import Engine, Request, SamplingParams
 from pensar.model.weights import load_model
-from pensar.posttrain.examples import Example, encode, in_batches
+from pensar.posttrain.examples import Example, encode, in_batches, queries_of
 from pensar.posttrain.filters import ResponseFilters, objection, several_questions, shingles
 from pensar.tasks.task import Task
 from pensar.text.conversation import Conversation, Message
@@ -79,7 +79,7 @@ def _on_rank(
 ) -> Counts:
     place = Place(out, logs, world, progress, recording=recording)
     model, tokenizer = load_model(inputs["model"]), Tokenizer.load(inputs["model"])
-    tasks = list(read_jsonl(inputs["tasks"] / "train" / f"{config.queries}.jsonl", Task))
+    tasks = queries_of(inputs["tasks"], config.queries)
     solved = _solved_directly(Engine(model, tokenizer, slots=128), tokenizer, tasks, world)
     validation = list(read_jsonl(inputs["tasks"] / "validation" / "reasoning.jsonl", Task))
     examples, dropped = build(config, tasks, solved if config.drop_solved_directly else set(), validation)

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from pensar.base.files import read_jsonl, seed_of
+from pensar.base.files import seed_of
 from pensar.base.metrics import Recording
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
@@ -15,7 +15,7 @@ from pensar.base.stage import Counts, Runtime
 from pensar.infer.engine import Engine
 from pensar.infer.rollout import Rollout, RolloutConfig, roll_shared
 from pensar.model.weights import load_model
-from pensar.posttrain.examples import Example, encode, in_batches
+from pensar.posttrain.examples import Example, encode, in_batches, queries_of
 from pensar.posttrain.grpo import keep_rollouts, micro_batches, truncate_rollouts
 from pensar.tasks.problems import with_mode
 from pensar.tasks.task import Task
@@ -109,9 +109,7 @@ def _off_policy(
     place = Place(out, logs, world, progress, recording=recording)
     tokenizer = Tokenizer.load(inputs["teacher"])
     teacher = Engine(load_model(inputs["teacher"]), tokenizer, slots=128)
-    tasks = list(read_jsonl(inputs["tasks"] / "train" / f"{config.queries}.jsonl", Task))[
-        : config.num_queries
-    ]
+    tasks = queries_of(inputs["tasks"], config.queries)[: config.num_queries]
     examples = teacher_examples(config, teacher, tokenizer, tasks, world)
     student = load_model(inputs["model"])
     batches_of = in_batches(encode(tokenizer, examples), config.batch_size, config.seed)
@@ -133,7 +131,7 @@ def _on_policy(
     tokenizer = Tokenizer.load(inputs["model"])
     teacher, student = load_model(inputs["teacher"]), load_model(inputs["model"])
     engine = Engine(student, tokenizer, slots=max(64, config.prompts // world.size))
-    queries = list(read_jsonl(inputs["tasks"] / "train" / f"{config.queries}.jsonl", Task))
+    queries = queries_of(inputs["tasks"], config.queries)
     optimizer = Optimizer(student, config.optimizer)
 
     def take(step: int) -> dict[str, float]:

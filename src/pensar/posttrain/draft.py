@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pensar.base.errors import ConfigError, DataError, ModelError
-from pensar.base.files import read_jsonl, seed_of, write_atomic
+from pensar.base.errors import ConfigError, ModelError
+from pensar.base.files import seed_of, write_atomic
 from pensar.base.metrics import Recording
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
@@ -28,7 +28,7 @@ from pensar.infer.sampling import rules_of, sample, uniforms
 from pensar.model.draft_head import WINDOW, DraftHead, initialize_head
 from pensar.model.qwen3 import Qwen3
 from pensar.model.weights import load_model
-from pensar.posttrain.examples import in_batches
+from pensar.posttrain.examples import in_batches, num_learned, path_of, queries_of
 from pensar.posttrain.unrolled import Replies, unroll
 from pensar.tasks.task import Task
 from pensar.text.packing import Batch, one_per_row
@@ -112,17 +112,11 @@ def _on_rank(
     place = Place(out, logs, world, progress, recording=recording)
     model, tokenizer = load_model(inputs["model"]), Tokenizer.load(inputs["model"])
     model.requires_grad_(requires_grad=False)
-    path = inputs["tasks"] / "train" / f"{config.queries}.jsonl"
-    tasks = list(read_jsonl(path, Task))[: config.num_queries + config.held_out]
-    num_learned = len(tasks) - config.held_out
-    if num_learned < 1:
-        raise DataError(
-            f"{path} has {len(tasks)} queries, {config.held_out} are held out; ask for more of them under `tasks`, or "
-            "lower held_out"
-        )
+    tasks = queries_of(inputs["tasks"], config.queries)[: config.num_queries + config.held_out]
+    num = num_learned(tasks, config.held_out, path_of(inputs["tasks"], config.queries))
     seeds = [seed_of(config.seed, "draft head", i) for i in range(len(tasks))]
     rollouts = answers(model, tokenizer, tasks, seeds, config.rollout, world)
-    samples = [_sample(rollout) for rollout in rollouts[:num_learned]]
+    samples = [_sample(rollout) for rollout in rollouts[:num]]
     batches_of = in_batches(samples, config.batch_size, config.seed)
     head = DraftHead(model.config, config.window)
     initialize_head(head, config.seed)
@@ -135,12 +129,12 @@ def _on_rank(
 
     # The loop asks of a model what every module has, and its blocks.
     loop(cast(Qwen3, head), optimizer, config, place, take, name="draft head", shown=("divergence",))
-    kept = acceptance(model, head, rollouts[num_learned:], seeds[num_learned:], config, world)
+    kept = acceptance(model, head, rollouts[num:], seeds[num:], config, world)
     if world.rank == 0:
         head.save(out)
         write_atomic(out / ACCEPTANCE, msgspec.json.format(msgspec.json.encode(kept)) + b"\n")
     checkpoint.discard(out, world)
-    return {"queries": num_learned, "steps": config.steps, "tokens_per_pass": kept.tokens_per_pass}
+    return {"queries": num, "steps": config.steps, "tokens_per_pass": kept.tokens_per_pass}
 
 
 def answers(

@@ -1,12 +1,14 @@
 """Examples: conversations to learn from, and their order as a pure function of (seed, step)."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from pensar.base.errors import DataError
-from pensar.base.files import seed_of
+from pensar.base.files import read_jsonl, seed_of
+from pensar.tasks.task import Task
 from pensar.text.chat import encode_training
 from pensar.text.conversation import Conversation
 from pensar.text.packing import Batch, one_per_row
@@ -26,6 +28,27 @@ class Example(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """False where the prompt gives the empty thinking block; else the reply opens its own."""
     kind: str = ""
     """What it teaches, for the counts."""
+
+
+def queries_of(tasks: Path, name: str) -> list[Task]:
+    """The problem set `name` of the train split."""
+    return list(read_jsonl(path_of(tasks, name), Task))
+
+
+def path_of(tasks: Path, name: str) -> Path:
+    """The file of a problem set of the train split."""
+    return tasks / "train" / f"{name}.jsonl"
+
+
+def num_learned(queries: Sequence[Task], held_out: int, path: Path, what: str = "queries") -> int:
+    """How many of the queries, the first of them, are learned from where the last `held_out` are not; DataError for
+    none."""
+    if len(queries) <= held_out:
+        raise DataError(
+            f"{path} has {len(queries)} {what}, {held_out} are held out; ask for more of them under `tasks`, or lower "
+            "held_out"
+        )
+    return len(queries) - held_out
 
 
 def encode(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Sample]:

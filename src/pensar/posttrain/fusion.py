@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pensar.base.config import Config
-from pensar.base.files import read_jsonl, seed_of, write_jsonl
+from pensar.base.files import seed_of, write_jsonl
 from pensar.base.metrics import Recording
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
@@ -20,7 +20,7 @@ from pensar.base.stage import Counts, Runtime
 from pensar.infer.engine import Engine
 from pensar.infer.rollout import Rollout, RolloutConfig, roll
 from pensar.model.weights import load_model
-from pensar.posttrain.examples import Example, encode, in_batches
+from pensar.posttrain.examples import Example, encode, in_batches, queries_of
 from pensar.tasks.instructions import instruction
 from pensar.tasks.modes import flagged, with_history
 from pensar.tasks.problems import ATTEMPTS, held_out, statement, with_mode
@@ -77,7 +77,7 @@ def _on_rank(
 ) -> Counts:
     place = Place(out, logs, world, progress, recording=recording)
     model, tokenizer = load_model(inputs["model"]), Tokenizer.load(inputs["model"])
-    tasks = list(read_jsonl(inputs["tasks"] / "train" / f"{config.queries}.jsonl", Task))
+    tasks = queries_of(inputs["tasks"], config.queries)
     engine = Engine(model, tokenizer, slots=128)
     asked = tasks[: config.shares.thinking]
     thinking = sampled_thinking(config, asked, engine, tokenizer, world)

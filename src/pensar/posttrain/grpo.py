@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from pensar.base.errors import ConfigError, DataError
-from pensar.base.files import read_jsonl, seed_of, write_atomic
+from pensar.base.files import seed_of, whole_lines, write_atomic
 from pensar.base.metrics import Recording
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
@@ -24,6 +24,7 @@ from pensar.infer.native.exact import exact_as
 from pensar.infer.rollout import Rollout, RolloutConfig, roll_shared
 from pensar.model.qwen3 import Qwen3
 from pensar.model.weights import load_model
+from pensar.posttrain.examples import queries_of
 from pensar.tasks.task import Task
 from pensar.text.packing import Batch, one_per_row
 from pensar.text.sample import Sample
@@ -182,7 +183,7 @@ def _queries(
     config: GrpoConfig, tasks: Path, engine: Engine, tokenizer: Tokenizer, place: Place
 ) -> list[Task]:
     """The queries to learn from: those that the model solves sometimes, but not nearly always."""
-    queries = list(read_jsonl(tasks / "train" / f"{config.queries}.jsonl", Task))
+    queries = queries_of(tasks, config.queries)
     if not queries:
         raise DataError(
             f"the set {config.queries} of {tasks} is empty; raise its size under `tasks` in the recipe"
@@ -232,7 +233,5 @@ def truncate_rollouts(out: Path, first: int) -> None:
     path = out / "rollouts.jsonl"
     if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]
-    kept = [line for line in whole if msgspec.json.decode(line)["step"] < first]
+    kept = [line for line in whole_lines(path) if msgspec.json.decode(line)["step"] < first]
     write_atomic(path, b"".join(kept))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pensar.base.config import Config
-from pensar.base.errors import ConfigError, DataError
-from pensar.base.files import read_jsonl, seed_of, write_atomic
+from pensar.base.errors import ConfigError
+from pensar.base.files import seed_of, whole_lines, write_atomic
 from pensar.base.metrics import Recording
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
@@ -28,6 +28,7 @@ from pensar.infer.engine import Engine
 from pensar.infer.rollout import Rollout, RolloutConfig, prompt_mode, roll_shared, unmoded
 from pensar.model.qwen3 import Qwen3
 from pensar.model.weights import load_model
+from pensar.posttrain.examples import num_learned, path_of, queries_of
 from pensar.tasks.problems import with_mode
 from pensar.tasks.task import Task
 from pensar.text.chat import encode_prompt
@@ -116,15 +117,12 @@ def _on_rank(
 ) -> Counts:
     place = Place(out, logs, world, progress, recording=recording)
     model, tokenizer = load_model(inputs["model"]), Tokenizer.load(inputs["model"])
-    path = inputs["tasks"] / "train" / f"{config.queries}.jsonl"
-    asked = [with_mode(task, True) for task in read_jsonl(path, Task) if task.thinking is not False]
+    queries = queries_of(inputs["tasks"], config.queries)
+    asked = [with_mode(task, True) for task in queries if task.thinking is not False]
     tasks = asked[: config.num_queries + config.held_out]
-    num = len(tasks) - config.held_out
-    if num < 1:
-        raise DataError(
-            f"{path} has {len(tasks)} queries to think about, {config.held_out} are held out; ask for more of them "
-            "under `tasks`, or lower held_out"
-        )
+    num = num_learned(
+        tasks, config.held_out, path_of(inputs["tasks"], config.queries), "queries to think about"
+    )
     engine = Engine(model, tokenizer, slots=128)
     answered = answers(engine, tokenizer, tasks[:num], config, place)
     states_nD = prompt_states(model, tokenizer, tasks, world)
@@ -251,7 +249,7 @@ def _begin(place: Place, name: str, kind: type[Row], whole: int = 1) -> list[Row
     rows: list[Row] = []
     path = place.out / name
     if place.world.rank == 0 and path.exists():
-        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        lines = whole_lines(path)
         lines = lines[: len(lines) // whole * whole]
         write_atomic(path, b"".join(lines))
         rows = [msgspec.json.decode(line, type=kind) for line in lines]

@@ -27,7 +27,7 @@ from pensar.infer.cuda.weights import Kind, Weights
 from pensar.infer.cuda.work import TILE_ROWS, on_device, work_of
 from pensar.infer.request import Ints
 from pensar.infer.sampling import weigh
-from pensar.infer.step import PAGE, StepBatch, StepOutput, module_bytes, rows_of
+from pensar.infer.step import PAGE, StepBatch, StepOutput, module_bytes, run_apart
 from pensar.infer.sync import replace_weights
 from pensar.model import hardware
 from pensar.model.qwen3 import Qwen3
@@ -85,7 +85,7 @@ class CudaRunner:
         numbers = batch.adapters_R
         with torch.inference_mode(), _on(self.device):
             if numbers is not None and self._changes.alone(numbers):
-                return self._run_apart(batch, numbers)
+                return run_apart(batch, numbers, lambda part, _: self._run(part))
             return self._run(batch)
 
     def warm_up(self, num_rows: int) -> None:
@@ -145,19 +145,6 @@ class CudaRunner:
         wanted_S = None if whole else on_device(batch.wanted_S, self.device)
         logits_SV, hidden_SD = self._forward(tokens_N, work, wanted_S, changed)
         return StepOutput(logits_SV.float(), hidden_SD)
-
-    def _run_apart(self, batch: StepBatch, adapters_R: Ints) -> StepOutput:
-        """The rows of one adapter after those of another, the output in the order of the batch."""
-        outputs, places = [], []
-        for number in np.unique(adapters_R).tolist():
-            part, wanted = rows_of(batch, np.flatnonzero(adapters_R == number))
-            outputs.append(self._run(part))
-            places.append(wanted)
-        order = torch.from_numpy(np.argsort(np.concatenate(places))).to(self.device)
-        return StepOutput(
-            torch.cat([output.logits_SV for output in outputs])[order],
-            torch.cat([output.hidden_SD for output in outputs])[order],
-        )
 
 
 def unfit(model: Qwen3) -> str:

@@ -124,23 +124,8 @@ class DraftModel:
         """Computes the new tokens of each text; the logits after the last of each."""
         if not texts:
             return torch.zeros(0, self.runner.config.vocab_size)
-        counts = np.array([len(text.new) for text in texts])
-        lengths = np.array([text.num for text in texts])
-        starts = np.concatenate(([0], np.cumsum(counts)))
-        pages = np.zeros((len(texts), -(-int(lengths.max()) // PAGE)), np.int64)
-        for row, text in enumerate(texts):
-            used = text.pages[: pages.shape[1]]
-            pages[row, : len(used)] = used
-        positions = np.arange(starts[-1]) + np.repeat(lengths - counts - starts[:-1], counts)
-        batch = StepBatch(
-            tokens_N=np.concatenate([text.new for text in texts]),
-            positions_N=positions,
-            starts=starts,
-            lengths_R=lengths,
-            pages_RP=pages,
-            wanted_S=starts[1:] - 1,
-        )
-        logits_RV = self.runner.run(batch).logits_SV
+        rows = [(text.new, text.num - len(text.new), text.pages) for text in texts]
+        logits_RV = self.runner.run(StepBatch.of(rows, last=True)).logits_SV
         for text in texts:
             text.computed = text.num
         return logits_RV

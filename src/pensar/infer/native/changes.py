@@ -11,19 +11,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pensar.infer.adapters import Adapter
+from pensar.infer.adapters import PLACES, Adapter
 from pensar.infer.native.pack import Matrix, Order, Weights, gate_and_up, in_order
 from pensar.infer.native.structs import Change, Layer
 from pensar.infer.request import Ints
 from pensar.model.moe import Experts
-
-PLACES = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-"""Modules of each product, in the order of `enum Place`."""
 
 
 class Changes:

@@ -21,7 +21,7 @@ from pensar.infer.native.library import describe, library
 from pensar.infer.native.pack import Team, Weights, zeros
 from pensar.infer.native.structs import Batch, Layer, Model
 from pensar.infer.request import Ints
-from pensar.infer.step import StepBatch, StepOutput, module_bytes, rows_of
+from pensar.infer.step import StepBatch, StepOutput, module_bytes, run_apart
 from pensar.infer.sync import replace_weights
 from pensar.model.qwen3 import Qwen3
 
@@ -99,16 +99,7 @@ class NativeRunner:
         numbers = batch.adapters_R
         if numbers is None or not self._changes.alone(numbers):
             return self._run(batch, self._packed.layers)
-        outputs, places = [], []
-        for number in np.unique(numbers).tolist():
-            part, wanted = rows_of(batch, np.flatnonzero(numbers == number))
-            outputs.append(self._run(part, self._changes.layers(number)))
-            places.append(wanted)
-        order = torch.from_numpy(np.argsort(np.concatenate(places)))
-        return StepOutput(
-            torch.cat([output.logits_SV for output in outputs])[order],
-            torch.cat([output.hidden_SD for output in outputs])[order],
-        )
+        return run_apart(batch, numbers, lambda part, number: self._run(part, self._changes.layers(number)))
 
     def copy_pages(self, sources: Ints, targets: Ints) -> None:
         self._store[:, torch.from_numpy(targets)] = self._store[:, torch.from_numpy(sources)]

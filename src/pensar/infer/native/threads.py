@@ -3,8 +3,6 @@
 import os
 import time
 
-import numpy as np
-
 from pensar.infer.native.runner import NativeRunner
 from pensar.infer.step import StepBatch
 
@@ -35,15 +33,7 @@ def take_fastest(runner: NativeRunner, most: int | None = None, *, pin: bool = F
 def seconds(runner: NativeRunner, threads: int, *, pin: bool = False) -> float:
     """Of a step of ROWS rows with so many threads, on the clock: the least of a few."""
     runner.use_threads(threads, pin=pin)
-    rows = np.arange(ROWS)
-    batch = StepBatch(
-        tokens_N=np.zeros(ROWS, np.int64),
-        positions_N=np.zeros(ROWS, np.int64),
-        starts=np.arange(ROWS + 1),
-        lengths_R=np.ones(ROWS, np.int64),
-        pages_RP=np.zeros((ROWS, 1), np.int64),  # nobody's page
-        wanted_S=rows,
-    )
+    batch = StepBatch.of([([0], 0, [0])] * ROWS)  # in nobody's page
     runner.run(batch)
     spent = []
     for _ in range(REPEATS):
