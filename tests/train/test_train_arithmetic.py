@@ -156,6 +156,7 @@ def test_in_a_layout_the_devices_and_the_kinds_of_ranks_decide(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("sparse", [False, True])
 def test_compiled_blocks_compute_what_written_ones_do(sparse: bool) -> None:
     expected = losses(model_of(sparse=sparse, layers=3))
