@@ -301,7 +301,7 @@ def _logit_bytes(layout: Layout, step: Step) -> float:
     """Of one logit: as computed and in float32, its probability, which its gradient replaces, and that as computed."""
     c = step.compute_bytes
     if layout.tp > 1:  # gathered from the ranks
-        # Chunks are computed again one at a time, and of the one before, as computed, a copy may wait for the collector.
+        # Chunks are computed again one at a time; of the one before, as computed, a copy may wait for the collector.
         return (5 if step.tokens(layout) > step.chunk_tokens else 4) * c
     if step.on_cpu:
         return STORED if c == STORED else 2 * c + STORED
