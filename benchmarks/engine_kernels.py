@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from pensar.infer.native.library import describe, library
-from pensar.infer.native.pack import KINDS, Matrix, Team, in_order
+from pensar.infer.native.pack import KINDS, Matrix, Room, Team, in_order
 
 INPUTS, OUTPUTS = 512, 3_072
 ROWS = (1, 4, 16, 128)
@@ -30,7 +30,8 @@ def seconds(work: Callable[[], object], repeats: int = 7) -> float:
 
 
 def matrices(kind: str, team: Team, outputs: int = OUTPUTS, num: int = COPIES) -> list[Matrix]:
-    made = [Matrix(kind, in_order(outputs), outputs, INPUTS) for _ in range(num)]
+    room = Room()
+    made = [Matrix(kind, in_order(outputs), outputs, INPUTS, room.take) for _ in range(num)]
     for matrix in made:
         matrix.fill(torch.randn(outputs, INPUTS), team)
     return made

@@ -38,7 +38,7 @@ from pensar.base.stage import Runtime
 from pensar.data.order import PretrainData
 from pensar.model.config import replace
 from pensar.model.qwen3 import Qwen3, initialize
-from pensar.tasks.ruler import KINDS, ruler_text
+from pensar.tasks.ruler import KINDS, Kind, ruler_text
 from pensar.text.packing import Batch
 from pensar.text.tokenizer import Tokenizer
 from pensar.train.guard import BadStep
@@ -59,6 +59,8 @@ class Part(Config, frozen=True, kw_only=True):
     train: PretrainConfig
     ruler: float = 0.0
     """Share of the rows that are retrieval texts in place of the mixture's."""
+    kinds: dict[Kind, float] = msgspec.field(default_factory=lambda: dict.fromkeys(KINDS, 1.0))
+    """How often the retrieval texts are of each kind, as weights."""
     qk_norm: bool = True
     """Whether queries and keys are normalised, as they always are outside the lab."""
 
@@ -251,7 +253,8 @@ def _retrieval_row(
     start = segment = 0
     while context - start >= LEAST_TEXT:
         asked = rng.randint(LEAST_TEXT, context - start)
-        ids = tokenizer.encode(ruler_text(rng.choice(KINDS), rng, asked, length))[: context - start]
+        (kind,) = rng.choices(list(part.kinds), list(part.kinds.values()))
+        ids = tokenizer.encode(ruler_text(kind, rng, asked, length))[: context - start]
         end, segment = start + len(ids), segment + 1
         tokens[start:end], positions[start:end], segments[start:end] = ids, np.arange(len(ids)), segment
         start = end

@@ -227,9 +227,9 @@ def _training_stages(recipe: Recipe) -> list[Stage]:
         Stage(
             "cold-start", coldstart.run, _seeded(recipe.cold_start, recipe), _on("pretrain-long"), revision=5
         ),
-        Stage("reasoning-rl", grpo.run, _seeded(recipe.reasoning_rl, recipe), _on("cold-start"), revision=2),
+        Stage("reasoning-rl", grpo.run, _seeded(recipe.reasoning_rl, recipe), _on("cold-start"), revision=3),
         Stage("fusion", fusion.run, _seeded(recipe.fusion, recipe), _on("reasoning-rl"), revision=4),
-        Stage("general-rl", grpo.run, _seeded(recipe.general_rl, recipe), _on("fusion"), revision=2),
+        Stage("general-rl", grpo.run, _seeded(recipe.general_rl, recipe), _on("fusion"), revision=3),
         *(
             [Stage("thinking-budget", thinking_budget.run, _seeded(budget, recipe), _on("general-rl"))]
             if budget
@@ -252,12 +252,13 @@ def _student_stages(recipe: Recipe) -> list[Stage]:
             _seeded(student.off_policy, recipe),
             _on("student-pretrain") | taught,
         ),
-        Stage("student-rl", grpo.run, _seeded(student.reinforcement, recipe), _on("student"), revision=2),
+        Stage("student-rl", grpo.run, _seeded(student.reinforcement, recipe), _on("student"), revision=3),
         Stage(
             "student-distilled",
             distill.on_policy,
             _seeded(student.on_policy, recipe),
             _on("student") | taught,
+            revision=2,
         ),
     ]
 

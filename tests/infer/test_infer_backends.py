@@ -626,6 +626,7 @@ def check_replies(backend, setting, naive, full_logprobs):
             full_logprobs(setting.model, prompt[:1], prompt[1:]), abs=1e-4
         )
         assert [len(top) for top in one.top_logprobs] == [2] * NEW
+        assert [len(top) for top in one.prompt_top_logprobs] == [0] + [2] * (len(prompt) - 1)
     stop = done[0].tokens[4]
     params = SamplingParams(max_tokens=NEW, stop_ids=(stop,))
     (stopped,) = backend.run([Request("s", PROMPTS[0], params)])

@@ -30,7 +30,11 @@ def test_what_torch_takes_is_weights_cache_and_activations():
         == engine.pool.num_pages * 16 * config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4
     )
     logits = 3 * 2 * config.vocab_size * 4
-    assert said.step == 256 * (2 * config.hidden_size + 4 * config.intermediate_size) * 4 + logits
+    heads, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = 256 * (2 * config.hidden_size + 2 * heads + 2 * keys) * 4
+    gathered = (engine.pool.num_pages - 1) * 16 * (2 * keys * 4 + config.num_heads * 8)
+    mlp = 256 * (3 * config.hidden_size + 3 * config.intermediate_size) * 4
+    assert said.step == max(attention + gathered, mlp) + logits
 
 
 def test_the_cache_grows_to_what_was_said_and_no_further():

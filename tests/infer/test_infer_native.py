@@ -9,7 +9,7 @@ import torch
 
 from pensar.base.errors import ModelError
 from pensar.infer.adapters import read_adapter
-from pensar.infer.native import threads, twins
+from pensar.infer.native import pack, threads, twins
 from pensar.infer.native.library import library
 from pensar.infer.native.pack import Matrix, Team, gate_and_up, in_order
 from pensar.infer.native.runner import NativeRunner
@@ -86,6 +86,19 @@ def test_columns_come_out_as_they_were_packed(kind):
         "int4": twins.int4_columns(weight),
     }[kind]
     torch.testing.assert_close(matrix.columns([69, 0, 33]), expected[[69, 0, 33]], rtol=1e-6, atol=1e-7)
+
+
+def test_a_room_gives_each_matrix_aligned_memory_of_its_own_out_of_few_pieces(monkeypatch):
+    monkeypatch.setattr(pack, "PIECE", 4_096)
+    room, sizes = pack.Room(), (100, 64, 1, 3_904, 5_000, 64)
+    taken = [room.take(size) for size in sizes]
+    for number, values in enumerate(taken):
+        values.fill_(number)
+    assert [len(values) for values in taken] == list(sizes)
+    assert all(values.data_ptr() % 64 == 0 for values in taken)
+    assert all((values == number).all() for number, values in enumerate(taken))
+    pieces = [values.untyped_storage().data_ptr() for values in taken]
+    assert [pieces.index(piece) for piece in pieces] == [0, 0, 0, 3, 4, 5]
 
 
 def test_gates_and_ups_share_panels_of_which_each_holds_every_row_once():

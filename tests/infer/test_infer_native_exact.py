@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pensar.base.errors import ConfigError
 from pensar.base.ranks import World
 from pensar.infer.engine import Engine, Request, SamplingParams
 from pensar.infer.native.exact import exact
@@ -162,6 +163,17 @@ def test_changed_weights_are_seen_and_the_model_is_itself_again_afterwards():
     assert not torch.equal(first, second)
     assert "forward" not in vars(model)
     torch.testing.assert_close(first, before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_one_within_the_first_is_refused_and_leaves_the_first_as_it_is():
+    model = build()
+    tokens, positions = torch.tensor([text(9, 3)]), torch.arange(9)[None]
+    with exact(model):
+        before = model.logits(model(tokens, positions, Packed()))
+        with pytest.raises(ConfigError, match="exactly already"), exact(model):
+            pass
+        assert torch.equal(model.logits(model(tokens, positions, Packed())), before)
+    assert "forward" not in vars(model)
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8"])

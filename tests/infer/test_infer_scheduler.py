@@ -71,7 +71,13 @@ def test_preempted_replies_keep_seeds_logprobs_and_budgets(
 
     opened = [tokenizer.special(THINK)]
     asked = [[*opened, *prompt] for prompt in prompts([20, 30, 25])]
-    wanted = {"temperature": 1.0, "logprobs": True, "top_logprobs": 3, "thinking_budget": 12}
+    wanted = {
+        "temperature": 1.0,
+        "logprobs": True,
+        "prompt_logprobs": True,
+        "top_logprobs": 3,
+        "thinking_budget": 12,
+    }
     requests = [greedy(str(i), p, 60, seed=i, **wanted) for i, p in enumerate(asked)]
     roomy = Engine(model, tokenizer, slots=3).run(requests)
     engine = Engine(model, tokenizer, slots=3, cache_tokens=9 * PAGE)
@@ -85,7 +91,12 @@ def test_preempted_replies_keep_seeds_logprobs_and_budgets(
         )
         assert any(one.forced)
         assert two.logprobs == pytest.approx(full_logprobs(model, prompt, two.tokens), abs=1e-5)
-        assert len(two.top_logprobs) == len(two.tokens)
+        for name in ("top_logprobs", "prompt_top_logprobs"):
+            places, others = getattr(one, name), getattr(two, name)
+            assert len(others) == len(two.tokens if name == "top_logprobs" else prompt)
+            assert [[token for token, _ in top] for top in places] == [
+                [token for token, _ in top] for top in others
+            ]
 
 
 def test_a_request_that_the_cache_can_never_hold_is_refused(model: Qwen3) -> None:
@@ -293,11 +304,19 @@ def test_log_probabilities_of_a_prompt_and_of_the_likeliest(model: Qwen3, full_l
         assert all(
             len(top) == 4 and sorted(top, key=lambda t: -t[1]) == top for top in completion.top_logprobs
         )
+        assert completion.prompt_top_logprobs[0] == []
+        assert len(completion.prompt_top_logprobs) == len(prompt)
+        for place, top in enumerate(completion.prompt_top_logprobs[1:], 1):
+            (best,) = full_logprobs(model, prompt[:place], [top[0][0]])
+            assert top[0][1] == pytest.approx(best, abs=1e-5)
+            assert len(top) == 4
+            assert top[0][1] >= completion.prompt_logprobs[place]
     with pytest.raises(ModelError, match="top_logprobs 21; it must be at least 0 and at most 20"):
         engine.submit(greedy("many", [1], 1, top_logprobs=21))
     engine.submit(greedy("stream", asked[0], 3, **wanted))
     pieces = finished(engine)["stream"]
     assert [piece.prompt_logprobs is not None for piece in pieces] == [True, False, False]
+    assert [piece.prompt_top_logprobs is not None for piece in pieces] == [True, False, False]
 
 
 def test_ignoring_the_end_of_turn_goes_on_to_the_limit(model: Qwen3, tokenizer: Any) -> None:

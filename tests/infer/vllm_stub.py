@@ -219,7 +219,7 @@ class _Asked(BaseHTTPRequestHandler):
             if body.get("echo") and first:
                 ids = [*body["prompt"], *ids]
                 values = [None, *(piece.prompt_logprobs or ())[1:], *values]
-                tops = [[] for _ in body["prompt"]] + tops
+                tops = [*(piece.prompt_top_logprobs or ([] for _ in body["prompt"])), *tops]
             choice["logprobs"] = {
                 "tokens": [f"token_id:{token}" for token in ids],
                 "token_logprobs": values,

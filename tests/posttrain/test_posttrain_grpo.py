@@ -131,6 +131,7 @@ def test_every_step_says_how_far_the_trainer_is_from_the_engine(
     told: list[dict[str, float]] = []
 
     def watched(*arguments: Any, **named: Any) -> dict[str, float]:
+        assert arguments[0].training, "experts are balanced in training mode"
         told.append(train_step(*arguments, **named))
         return told[-1]
 

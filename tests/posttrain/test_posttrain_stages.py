@@ -34,7 +34,7 @@ from pensar.text.chat import EMPTY_THINKING, encode_stop_sentence, mode_of, rend
 from pensar.text.sample import Sample
 from pensar.text.tokenizer import Tokenizer
 from pensar.train import loop
-from tiny import taught
+from tiny import SPARSE, taught, tiny_model
 
 MakeRuntime = Callable[[str], Runtime]
 FAULTLESS = WorkedTeacher(hasty=0.0, wrong=0.0, guess=0.0, repeat=0.0, disagree=0.0, mixed=0.0)
@@ -338,6 +338,20 @@ def test_the_student_comes_nearer_to_the_teacher(
     divergences = [row["divergence"] for row in read_jsonl(tmp_path / "near" / "metrics.jsonl", dict)]
     assert divergences[0] > 0.01
     assert divergences[-1] < 0.7 * divergences[0]
+
+
+def test_a_student_with_experts_is_balanced_while_it_learns(
+    school: Path, guesses: Path, tmp_path: Path, runtime: MakeRuntime
+) -> None:
+    tokenizer, student = Tokenizer.load(school), tmp_path / "sparse"
+    sparse = tiny_model(vocab_size=tokenizer.vocab_size, **SPARSE)
+    save_model(sparse, student, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    tokenizer.save(student)
+    inputs = {"model": student, "teacher": school, "tasks": guesses}
+    distilled(distill.on_policy, on_policy_config(steps=1), inputs, tmp_path / "out", runtime("out"))
+    (row,) = read_jsonl(tmp_path / "out" / "metrics.jsonl", dict)
+    assert row["balance"] >= 1
+    assert row["expert_overload"] > 0
 
 
 def test_off_policy_distillation_learns_the_teacher_s_right_replies_and_survives_a_kill(

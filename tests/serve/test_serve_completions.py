@@ -81,6 +81,50 @@ def test_logprobs_are_those_of_the_chosen_tokens(client: openai.OpenAI, service:
     assert entries.text_offset == [sum(map(len, entries.tokens[:i])) for i in range(5)]
 
 
+def test_the_likeliest_tokens_come_with_each(client: openai.OpenAI) -> None:
+    fields = {"model": "tiny", "prompt": "Two and", "temperature": 0, "max_tokens": 4, "logprobs": 3}
+    entries = client.completions.create(**fields).choices[0].logprobs
+    assert entries.top_logprobs is not None
+    for token, logprob, top in zip(entries.tokens, entries.token_logprobs, entries.top_logprobs, strict=True):
+        assert max(top, key=top.__getitem__) == token, "greedy takes the likeliest"
+        assert top[token] == logprob
+    streamed = [chunk.choices[0].logprobs for chunk in client.completions.create(**fields, stream=True)]
+    assert [top for part in streamed if part for top in part.top_logprobs] == entries.top_logprobs
+    plain = client.completions.create(**fields | {"logprobs": 0}).choices[0].logprobs
+    assert plain.top_logprobs is None
+
+
+def test_a_text_is_scored_by_its_echo(client: openai.OpenAI, service: Service) -> None:
+    """What evaluation harnesses do: the text goes in whole, and its own tokens' log-probabilities come out."""
+    text = "Two and two are four."
+    ids = service.tokenizer.encode(text)
+    reply = client.completions.create(
+        model="tiny", prompt=text, temperature=0, max_tokens=1, logprobs=1, echo=True
+    )
+    found = reply.choices[0].logprobs
+    assert len(found.tokens) == len(ids) + 1
+    assert "".join(found.tokens[:-1]) == text
+    assert reply.choices[0].text.startswith(text)
+    assert found.token_logprobs[0] is None
+    assert found.top_logprobs[0] is None
+    assert found.text_offset == [sum(map(len, found.tokens[:i])) for i in range(len(found.tokens))]
+    for place in range(1, len(ids)):
+        one = client.completions.create(
+            model="tiny", prompt=ids[:place], temperature=0, max_tokens=1, logprobs=1
+        )
+        (likeliest,) = one.choices[0].logprobs.tokens
+        top = found.top_logprobs[place]
+        assert max(top, key=top.__getitem__) == likeliest
+        assert top[likeliest] == pytest.approx(one.choices[0].logprobs.token_logprobs[0], abs=1e-4)
+        assert top[found.tokens[place]] == found.token_logprobs[place]
+    twice = client.completions.create(
+        model="tiny", prompt=[text, "Two"], n=2, max_tokens=1, logprobs=0, echo=True
+    )
+    assert [choice.logprobs.token_logprobs[0] for choice in twice.choices] == [None] * 4
+    for choice in twice.choices[:2]:
+        assert choice.logprobs.token_logprobs[1:-1] == pytest.approx(found.token_logprobs[1:-1], abs=1e-4)
+
+
 def test_a_text_with_control_tokens_is_plain_text(client: openai.OpenAI, service: Service) -> None:
     sly = "<|im_start|>user"
     reply = client.completions.create(model="tiny", prompt=sly, max_tokens=1)
@@ -98,8 +142,12 @@ def test_a_text_with_control_tokens_is_plain_text(client: openai.OpenAI, service
         ({"prompt": [-1]}, "token -1"),
         ({"prompt": [10**9]}, "ids go from 0 to"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
-        ({"prompt": "a", "logprobs": 2}, "logprobs"),
-        ({"prompt": "a", "logprobs": 0, "echo": True}, "echo"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs 21 must be at least 0 and at most 20"),
+        ({"prompt": "a", "logprobs": -1}, "logprobs -1"),
+        (
+            {"prompt": "a", "logprobs": 0, "echo": True, "stream": True},
+            "echo with logprobs cannot be streamed",
+        ),
         ({"prompt": ["a"] * 100, "n": 16}, "256 sequences"),
         ({"prompt": "a", "max_tokens": 5000}, "context length"),
     ],

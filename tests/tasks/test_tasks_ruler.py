@@ -83,6 +83,16 @@ def test_a_text_to_learn_from_answers_each_of_its_questions(kind):
     assert words(text) <= 300
 
 
+def test_a_text_to_learn_from_asks_for_every_name_those_inside_a_chain_too():
+    lines = ruler_text("variables", random.Random(5), 300, words).split("\n")
+    num = NUM_CHAINS * (NUM_HOPS + 1)
+    said, _ = planted("\n".join([*lines[:-num], ""]))
+    asked = dict(line.split("=", 1) for line in lines[-num:])
+    assert asked.keys() == said.keys()
+    lengths = sorted(reply.count("=") for reply in asked.values())
+    assert lengths == sorted(list(range(NUM_HOPS + 1)) * NUM_CHAINS)
+
+
 def test_a_length_that_holds_no_text_is_refused():
     with pytest.raises(ConfigError, match="10 tokens do not hold 6 lines"):
         ruler_task("variables", random.Random(0), 10, words)

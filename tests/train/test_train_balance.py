@@ -20,7 +20,7 @@ from pensar.train.balance import Balance, ExpertUse
 from pensar.train.loop import LoopConfig, Place, fit
 from pensar.train.loss import LossConfig, batch_loss
 from pensar.train.optimizer import Optimizer, OptimizerConfig
-from pensar.train.step import train_step
+from pensar.train.step import learning, train_step
 from tiny import SPARSE, tiny_model
 
 HEAVY = SPARSE | {"router_balance_weight": 0.5}
@@ -260,3 +260,7 @@ def test_dense_models_and_evaluation_mode_have_no_balance_term() -> None:
     frozen = tiny_model(**HEAVY).eval()
     metrics = train_step(frozen, Optimizer(frozen, OptimizerConfig()), [batch], 1.0, World(), CONFIG)
     assert "balance" not in metrics
+    with learning(frozen):
+        metrics = train_step(frozen, Optimizer(frozen, OptimizerConfig()), [batch], 1.0, World(), CONFIG)
+    assert "balance" in metrics
+    assert not frozen.training

@@ -6,8 +6,10 @@ Shape legend: A rows that a token is drawn for, M draws (A and one per draft), S
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,6 +24,22 @@ from pensar.infer.step import StepOutput
 
 Retire = Callable[[int, FinishReason, str | None, bool], None]
 """(row, why its reply ends, the error if it is one, whether its pages may hold NaN)"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """The model's logits at the places of draws, and the largest of each, where nothing was added before the draw."""
+
+    raw_MV: Tensor
+    top_M: Tensor | None
+
+    def of(self, ids: Ints, at: Ints) -> tuple[Tensor, npt.NDArray[np.float32]]:
+        """Logits and log-probabilities of `ids` at some places."""
+        raw_MV, top_M = self.raw_MV, self.top_M
+        if len(at) != len(raw_MV):
+            index = torch.from_numpy(at).to(raw_MV.device)
+            raw_MV, top_M = raw_MV[index], None if top_M is None else top_M[index]
+        return raw_MV, logprobs(raw_MV, torch.from_numpy(ids).to(raw_MV.device), top_M).cpu().numpy()
 
 
 class Commit:
@@ -100,7 +118,7 @@ class Commit:
             )
             tops = self._rows.tops[row]
             # What a request had before it gave way is not scored twice.
-            skipped = max(0, int(state["prompt"][row]) + len(tops or ()) - start - 1)
+            skipped = max(0, self._rows.first_top(row) + len(tops or ()) - start - 1)
             if tops is not None and skipped < len(targets):
                 tops += _likeliest(known[skipped:], self._rows.requests[row].params.top_logprobs)
         if stop == total:
@@ -109,39 +127,41 @@ class Commit:
     def _draw(self, rows_A: Ints, first_A: Ints, drafts_A: Ints, logits_SV: Tensor) -> None:
         """One token for each row, and further ones as long as they are what was guessed."""
         state, most = self._rows.state, int(drafts_A.max())
-        rows_M, source_M, offset_A, step_M = rows_A, first_A, np.arange(len(rows_A)), np.asarray(0)
+        rows_M, source_M, offset_A = rows_A, first_A, np.arange(len(rows_A))
+        index_M = state["total"][rows_A] - state["prompt"][rows_A]
         if most:
             rows_M = np.repeat(rows_A, drafts_A + 1)
             offset_A = np.cumsum(drafts_A + 1) - drafts_A - 1
             step_M = np.arange(len(rows_M)) - np.repeat(offset_A, drafts_A + 1)
             source_M = np.repeat(first_A, drafts_A + 1) + step_M
+            index_M = np.repeat(index_M, drafts_A + 1) + step_M
         raw_MV = logits_SV
         if len(source_M) != len(logits_SV) or (source_M != np.arange(len(source_M))).any():
             raw_MV = logits_SV[torch.from_numpy(source_M).to(logits_SV.device)]
         allowed_MV = self._constrained(rows_A, drafts_A, offset_A, raw_MV)
-        index_M = state["total"][rows_M] - state["prompt"][rows_M] + step_M
         uniform = torch.from_numpy(uniforms(state["seed"][rows_M], index_M)).to(raw_MV.device)
         draw = sample(
             allowed_MV, self._rules_of(rows_M, raw_MV.device), uniform, self._scheduler.runner.weigh
         )
-        ids_M, sound_M = draw.ids.cpu().numpy(), draw.sound.cpu().numpy()
+        ids_M, sound_M = draw.ids.cpu().numpy(), np.isfinite(draw.top_N.cpu().numpy())
+        scores = _Scores(raw_MV, draw.top_N if allowed_MV is raw_MV else None)
         rows, at = rows_A, offset_A
         for turn in range(most + 1):
             ids, sound = ids_M[at], sound_M[at]
             if not sound.all():
                 self._fail(rows[~sound], at[~sound], raw_MV)
             if turn == most:
-                self._settle(rows, ids, sound, at, raw_MV)
+                self._settle(rows, ids, sound, at, scores)
                 break
             guesses = self._rows.tokens[rows, np.minimum(state["total"][rows], state["limit"][rows] - 1)]
-            kept = self._settle(rows, ids, sound, at, raw_MV)
+            kept = self._settle(rows, ids, sound, at, scores)
             kept &= (drafts_A > turn) & (guesses == ids)
             rows, at, drafts_A = rows[kept], at[kept] + 1, drafts_A[kept]
             state["computed"][rows] += 1
             if not len(rows):
                 break
 
-    def _settle(self, rows: Ints, ids: Ints, sound: Bools, at: Ints, raw_MV: Tensor) -> Bools:
+    def _settle(self, rows: Ints, ids: Ints, sound: Bools, at: Ints, scores: _Scores) -> Bools:
         """Adds a drawn token to each row, or the stop sentence in its place; returns which rows may take another."""
         state = self._rows.state
         forced = np.zeros(len(ids), np.bool_)
@@ -149,11 +169,11 @@ class Commit:
             forced = self._thinking.spent(state, rows, ids) & sound
         if forced.any():
             assert self._thinking is not None
-            self._note(rows, np.where(forced, self._thinking.stop_sentence[0], ids), at, raw_MV)
+            self._note(rows, np.where(forced, self._thinking.stop_sentence[0], ids), at, scores)
             for row in rows[forced].tolist():
                 self._force(row, self._thinking)
         else:
-            self._note(rows, ids, at, raw_MV)
+            self._note(rows, ids, at, scores)
         usual = sound & ~forced
         if not usual.all():
             rows, ids = rows[usual], ids[usual]
@@ -175,13 +195,12 @@ class Commit:
         on[usual] = ~ended
         return on
 
-    def _note(self, rows: Ints, ids: Ints, at: Ints, raw_MV: Tensor) -> None:
+    def _note(self, rows: Ints, ids: Ints, at: Ints, scores: _Scores) -> None:
         """Log-probabilities of the tokens that come next, where any row asks for them."""
         state = self._rows.state
         if not state["logprobs"][rows].any():
             return
-        logits = raw_MV if len(at) == len(raw_MV) else raw_MV[torch.from_numpy(at).to(raw_MV.device)]
-        values = logprobs(logits, torch.from_numpy(ids).to(raw_MV.device)).cpu().numpy()
+        logits, values = scores.of(ids, at)
         self._rows.logprobs[rows, state["total"][rows]] = values
         if state["plain"][rows].all():
             return

@@ -325,9 +325,10 @@ class Engine:
         for entry in self.scheduler.queue.expired(now):
             self._finished[entry.request.id] = (entry.ended("deadline"), entry.reported)
             self._live.discard(entry.request.id)
-        late = np.flatnonzero(self.rows.state["deadline"][: self.rows.num] <= now)
-        for row in late[::-1].tolist():
-            self._retire(row, "deadline", None, False)
+        deadlines = self.rows.state["deadline"][: self.rows.num]
+        if deadlines.min(initial=np.inf) <= now:
+            for row in np.flatnonzero(deadlines <= now)[::-1].tolist():
+                self._retire(row, "deadline", None, False)
 
     def _retire(self, row: int, reason: FinishReason, error: str | None, broken: bool) -> None:
         """Ends a row's reply; its place is filled by the last row."""

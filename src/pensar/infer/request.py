@@ -61,7 +61,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     top_logprobs: int = 0
     """Report so many of the likeliest tokens at every place; implies `logprobs`."""
     prompt_logprobs: bool = False
-    """Report the log-probability of every token of the prompt as well; its beginning is then computed anew."""
+    """Report the log-probability of every token of the prompt as well, and with `top_logprobs` the likeliest tokens at
+    its places; its beginning is then computed anew."""
     ignore_eos: bool = False
     """Only stop_ids and max_tokens end the reply, not the tokenizer's ends of turn and text."""
     presence_penalty: float = 0.0
@@ -124,6 +125,8 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Per token of `tokens`; None unless asked for."""
     prompt_logprobs: list[float] | None = None
     """Of every token of the prompt, 0 for the first; in a request's first piece alone, where asked for."""
+    prompt_top_logprobs: list[TopLogprobs] | None = None
+    """The same for the likeliest tokens, none for the first."""
     stopped_at: int | None = None
     """Character of the reply's text, control tokens left out, at which the stop string begins that ended it."""
     error: str | None = None
@@ -145,6 +148,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     """Of the weights that the last token was drawn from."""
     top_logprobs: list[TopLogprobs] = msgspec.field(default_factory=list)
     prompt_logprobs: list[float] = msgspec.field(default_factory=list)
+    prompt_top_logprobs: list[TopLogprobs] = msgspec.field(default_factory=list)
     stopped_at: int | None = None
     error: str | None = None
 
@@ -171,6 +175,7 @@ def piece_of(
         version=completion.version,
         top_logprobs=completion.top_logprobs[start:] or None,
         prompt_logprobs=(completion.prompt_logprobs or None) if first else None,
+        prompt_top_logprobs=(completion.prompt_top_logprobs or None) if first else None,
         stopped_at=completion.stopped_at if reason is not None else None,
         error=completion.error,
     )

@@ -161,7 +161,9 @@ class RunningRows:
         prompt = int(state["prompt"])
         start = prompt if start is None else start
         stop = int(state["total"]) if stop is None else stop
-        tops = self.tops[row]
+        tops, first = self.tops[row] or [], self.first_top(row)
+        # What the prompt's tokens get is known where anything of the reply is.
+        scored = request.params.prompt_logprobs and bool(state["total"] > prompt)
         return Completion(
             tokens=self.tokens[row, start:stop].tolist(),
             logprobs=self.logprobs[row, start:stop].tolist() if state["logprobs"] else [],
@@ -171,14 +173,16 @@ class RunningRows:
             reasoning_left=self.thinking_left(np.asarray([row]))[0],
             num_cached_tokens=int(state["cached"]),
             version=int(self.versions[row, stop - 1]) if stop > prompt else 0,
-            top_logprobs=[] if tops is None else tops[start - prompt : stop - prompt],
-            # They are known where anything of the reply is.
-            prompt_logprobs=self.logprobs[row, :prompt].tolist()
-            if request.params.prompt_logprobs and state["total"] > prompt
-            else [],
+            top_logprobs=tops[start - first : stop - first],
+            prompt_logprobs=self.logprobs[row, :prompt].tolist() if scored else [],
+            prompt_top_logprobs=[[], *tops[: prompt - first]] if scored and tops else [],
             stopped_at=self._stopped_at(row),
             error=error,
         )
+
+    def first_top(self, row: int) -> int:
+        """The first place of a row's text whose likeliest tokens are told, where they are."""
+        return 1 if self.requests[row].params.prompt_logprobs else int(self.state["prompt"][row])
 
     def thinking_left(self, rows: Ints) -> list[int | None]:
         """What is left of each row's thinking budget; None without one."""
@@ -210,6 +214,13 @@ class RunningRows:
         have = int(self.state["num_pages"][row])
         self.pages[row, have : have + len(pages)] = pages
         self.state["num_pages"][row] = have + len(pages)
+
+    def deal_pages(self, rows: Ints, counts: Ints, pages: Sequence[int]) -> None:
+        """So many more pages at the end of each row's; those of a row stand together in `pages`."""
+        have = self.state["num_pages"][rows]
+        at = np.arange(len(pages)) + np.repeat(have + counts - np.cumsum(counts), counts)
+        self.pages[np.repeat(rows, counts), at] = pages
+        self.state["num_pages"][rows] = have + counts
 
     def take_pages(self, row: int) -> list[int]:
         """All pages of a row, which has none of its text in the cache any more."""
@@ -257,7 +268,7 @@ class RunningRows:
         # The prompt's own are known where anything of the reply is.
         self.state["every"][row] = bool(resumed.state["every"]) and stop == start
         if self.tops[row] is not None:
-            self.tops[row] = list(reply.top_logprobs)
+            self.tops[row] = [*reply.prompt_top_logprobs[1:], *reply.top_logprobs]
         # Log-probabilities of forced tokens may not have been computed yet.
         if np.isnan(reply.logprobs).any():
             self.state["every"][row] = True

@@ -24,6 +24,12 @@ Rows = npt.NDArray[np.void]
 
 UNIFORM_BITS = 23
 """One fewer than float32 resolves below 1, so that uniform * total never rounds up to the total."""
+BELOW_UNIFORM, UNIFORM_STEP = np.uint64(64 - UNIFORM_BITS), np.float32(2.0**-UNIFORM_BITS)
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+"""Of SplitMix64."""
 
 MAX_BLOCK, MIN_BLOCK = 64, 16
 """Sizes of the blocks of the vocabulary that the search looks at first; the largest common power of two is taken."""
@@ -66,7 +72,8 @@ class Rules:
     """None when every row has temperature 1."""
     filtered: Tensor | None
     """Indices [R] of the rows with top-k, top-p or min-p; None when there are none."""
-    filters: Filters
+    filters: Filters | None
+    """Of these rows."""
     needs_total: bool
     """Whether some row needs the sum over the whole vocabulary: one without filters, or with top-p alone."""
     max_k: int
@@ -75,10 +82,15 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Sampled ids [N]; `sound` [N] is False where the logits held NaN or no finite maximum."""
+    """Sampled ids [N], and of each row the largest logit, NaN or infinite where one is."""
 
     ids: Tensor
-    sound: Tensor
+    top_N: Tensor
+
+    @property
+    def sound(self) -> Tensor:
+        """False [N] where the logits held NaN or no finite maximum."""
+        return self.top_N.isfinite()
 
 
 def rules_of(rows: Rows, device: torch.device) -> Rules:
@@ -103,7 +115,9 @@ def rules_of(rows: Rows, device: torch.device) -> Rules:
             column(np.where(chosen["top_k"] > 0, chosen["top_k"], NO_LIMIT), torch.int64),
             column(chosen["top_p"], torch.float32),
             column(chosen["min_p"], torch.float32),
-        ),
+        )
+        if filters.any()
+        else None,
         needs_total=bool((sampled & ~filters).any() or whole.any()),
         max_k=int(chosen["top_k"].max()) if len(chosen) and (chosen["top_k"] > 0).all() else 0,
     )
@@ -127,7 +141,7 @@ def sample(logits_NV: Tensor, rules: Rules, uniform_N: Tensor, weigh: Weigh = we
     logits_NV = logits_NV.float()
     if rules.all_greedy:
         top_N, ids = _largest(logits_NV)
-        return Draw(ids, top_N.isfinite())
+        return Draw(ids, top_N)
     total_N: Tensor | None = None
     if rules.needs_total:
         ids, top_N, total_N = weigh(logits_NV, rules.temperature_N1, uniform_N)
@@ -138,18 +152,23 @@ def sample(logits_NV: Tensor, rules: Rules, uniform_N: Tensor, weigh: Weigh = we
         ids[rules.filtered] = _draw_filtered(logits_NV, top_N[:, None], total_N, rules, uniform_N)
     if rules.greedy is not None:
         ids = torch.where(rules.greedy, _largest(logits_NV)[1], ids)
-    return Draw(ids, top_N.isfinite())
+    return Draw(ids, top_N)
 
 
-def logprobs(logits_NV: Tensor, ids_N: Tensor) -> Tensor:
-    """Log-probabilities [N] of `ids_N` under softmax of the logits: temperature 1, unfiltered."""
+def logprobs(logits_NV: Tensor, ids_N: Tensor, top_N: Tensor | None = None) -> Tensor:
+    """Log-probabilities [N] of `ids_N` under softmax of the logits: temperature 1, unfiltered.
+
+    `top_N`: the largest logits, where they are known.
+    """
     logits_NV = logits_NV.float()
-    return logits_NV.gather(-1, ids_N[:, None])[:, 0] - _log_total(logits_NV)
+    return logits_NV.gather(-1, ids_N[:, None])[:, 0] - _log_total(logits_NV, top_N)
 
 
-def _log_total(logits_NV: Tensor) -> Tensor:
+def _log_total(logits_NV: Tensor, top_N: Tensor | None = None) -> Tensor:
     """log sum exp [N], as the trainer's loss takes it (pensar.train.head): a row's own at any number of threads."""
-    return logits_NV.amax(-1) - logits_NV.softmax(-1).amax(-1).log()
+    if top_N is None:
+        top_N = logits_NV.amax(-1)
+    return top_N - logits_NV.softmax(-1).amax(-1).log()
 
 
 def top_logprobs(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -161,17 +180,20 @@ def top_logprobs(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def uniforms(seeds: npt.NDArray[np.uint64], indices: Ints) -> npt.NDArray[np.float32]:
     """Numbers in [0, 1), a function of (seed, index) alone: two rounds of SplitMix64's finaliser."""
-    with np.errstate(over="ignore"):
-        state = _mix(_mix(seeds) + indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    return (state >> np.uint64(64 - UNIFORM_BITS)).astype(np.float32) * np.float32(2.0**-UNIFORM_BITS)
+    state = _mix(_mix(seeds) + indices.astype(np.uint64) * GOLDEN)
+    state >>= BELOW_UNIFORM
+    return state.astype(np.float32) * UNIFORM_STEP
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", variant 13 of the mixer."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x + GOLDEN
+    x ^= x >> SHIFTS[0]
+    x *= FACTORS[0]
+    x ^= x >> SHIFTS[1]
+    x *= FACTORS[1]
+    x ^= x >> SHIFTS[2]
+    return x
 
 
 def _invert(weights_NV: Tensor, uniform_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,6 +273,7 @@ def _draw_filtered(
     """Draws [R] among the tokens that survive top-k, top-p (of what top-k left) and min-p, most likely first."""
     rows, filters = rules.filtered, rules.filters
     assert rows is not None
+    assert filters is not None
     vocabulary = logits_NV.shape[1]
     count = min(rules.max_k + MARGIN if rules.max_k else FIRST_LOOK, vocabulary)
     if logits_NV.device.type != "cpu" and not rules.max_k:

@@ -119,6 +119,9 @@ class Scheduler:
 
     def plan(self, drafts: Ints | None = None) -> Plan:
         """The next step; empty when nothing runs. `drafts` [rows] stand behind the texts of rows that are complete."""
+        usual = self._usual() if drafts is None else None
+        if usual is not None:
+            return usual
         while True:
             counts = self._counts(drafts)
             rows = np.flatnonzero(counts)
@@ -139,10 +142,6 @@ class Scheduler:
         self._give_pages(rows, need)
         state = self.rows.state
         guesses = np.zeros(len(rows), np.int64) if drafts is None else drafts[rows]
-        if drafts is None and len(rows) == self.rows.num and (counts == 1).all():
-            running = state[: self.rows.num]
-            if (running["computed"] + 1 == running["total"]).all() and not running["every"].any():
-                return Plan(rows, counts, guesses, counts, plain=True)
         complete = state["computed"][rows] + counts[rows] - guesses == state["total"][rows]
         wanted = np.where(complete, guesses + 1, 0)
         return Plan(rows, counts[rows], guesses, np.where(state["every"][rows], counts[rows], wanted))
@@ -151,19 +150,17 @@ class Scheduler:
         """What the runner has to compute."""
         state, num = self.rows.state, len(plan.rows)
         computed = state["computed"][plan.rows]
-        starts = np.zeros(num + 1, np.int64)
-        np.cumsum(plan.counts, out=starts[1:])
-        if plan.plain or starts[-1] == num:
-            row_N, position_N = plan.rows, computed
+        if plan.plain:
+            starts = np.arange(num + 1)
+            row_N, position_N, wanted_S = plan.rows, computed, starts[:-1]
         else:
+            starts = np.zeros(num + 1, np.int64)
+            np.cumsum(plan.counts, out=starts[1:])
             row_N = np.repeat(plan.rows, plan.counts)
             position_N = np.arange(starts[-1]) + np.repeat(computed - starts[:-1], plan.counts)
-        if plan.plain or (plan.wanted == 1).all():
-            wanted_S = starts[1:] - 1
-        else:
             ends = np.cumsum(plan.wanted)
             wanted_S = np.arange(ends[-1]) + np.repeat(starts[1:] - ends, plan.wanted)
-        adapters = state["adapter"][plan.rows]
+        adapters = state["adapter"][plan.rows] if self.adapters else None
         lengths = computed + plan.counts
         return StepBatch(
             tokens_N=self.rows.tokens[row_N, position_N],
@@ -172,27 +169,24 @@ class Scheduler:
             lengths_R=lengths,
             pages_RP=self.rows.pages[plan.rows, : -(-int(lengths.max()) // PAGE)],
             wanted_S=wanted_S,
-            adapters_R=adapters if (adapters >= 0).any() else None,
+            adapters_R=None if adapters is None or (adapters < 0).all() else adapters,
         )
 
     def computed(self, plan: Plan) -> None:
         """Notes that a step has been computed, drafts apart."""
         state, rows = self.rows.state, plan.rows
-        counts = plan.counts - plan.drafts
+        counts = plan.counts if plan.plain else plan.counts - plan.drafts
         before = state["computed"][rows]
         state["computed"][rows] = before + counts
-        weighted = OUTPUT_WEIGHT * counts.astype(np.float64)
-        in_prompt = np.minimum(state["prompt"][rows] - before, counts)
-        if (in_prompt > 0).any():
-            weighted -= (OUTPUT_WEIGHT - 1) * np.maximum(in_prompt, 0)
-        self.queue.charge(state["user"][rows], weighted)
+        in_prompt = np.maximum(np.minimum(state["prompt"][rows] - before, counts), 0)
+        self.queue.charge(state["user"][rows], OUTPUT_WEIGHT * counts - (OUTPUT_WEIGHT - 1) * in_prompt)
 
     def publish(self) -> None:
         """Lets others share the pages that have become full."""
         if not self.share:
             return
         state = self.rows.state[: self.rows.num]
-        for row in np.flatnonzero(state["computed"] // PAGE > state["published"]).tolist():
+        for row in np.flatnonzero(state["computed"] >= (state["published"] + 1) * PAGE).tolist():
             keys = self.rows.keys[row]
             for number in range(int(state["published"][row]), int(state["computed"][row]) // PAGE):
                 tokens = self.rows.tokens[row, number * PAGE : (number + 1) * PAGE]
@@ -234,6 +228,20 @@ class Scheduler:
 
     # ------------------------------------------------------------ inside
 
+    def _usual(self) -> Plan | None:
+        """The step that adds one token of its text to every row, if that is what the next one is and pages suffice."""
+        num = self.rows.num
+        state = self.rows.state[:num]
+        total = state["total"]
+        if (total - state["computed"] != 1).any() or (state["follows"] | state["every"]).any() or not num:
+            return None
+        short = np.flatnonzero(total > state["num_pages"] * PAGE)
+        if len(short) > self.pool.available:
+            return None
+        one = np.ones(num, np.int64)
+        self._give_pages(short, one[: len(short)])
+        return Plan(np.arange(num), one, np.zeros(num, np.int64), one, plain=True)
+
     def _counts(self, drafts: Ints | None) -> Ints:
         """Tokens to compute of every row: single ones first, the rest of the step for chunks by importance."""
         state = self.rows.state[: self.rows.num]
@@ -261,10 +269,11 @@ class Scheduler:
         return need
 
     def _give_pages(self, rows: Ints, need: Ints) -> None:
-        for at in np.flatnonzero(need).tolist():
-            pages = self.pool.take(int(need[at]))
+        count = int(need.sum())
+        if count:
+            pages = self.pool.take(count)
             self.reserve(max(pages))
-            self.rows.give_pages(int(rows[at]), pages)
+            self.rows.deal_pages(rows, need, pages)
 
     def reserve(self, page: int) -> None:
         """Sees to it that the runner has room for a page."""

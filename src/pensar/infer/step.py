@@ -5,6 +5,8 @@ Shape legend: N tokens of all rows, R rows, P pages of the longest row, S tokens
 V vocabulary, D hidden.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -166,3 +168,10 @@ def run_apart(batch: StepBatch, adapters_R: Ints, run: Callable[[StepBatch, int]
 def module_bytes(model: Qwen3) -> int:
     """Memory of a module's weights."""
     return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def give_back() -> None:
+    """Returns to the system what has been freed, where the C library would keep it: after weights have been packed or a
+    cache has moved, that is more than a step will ever ask for."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)

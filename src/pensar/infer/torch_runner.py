@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from pensar.infer.adapters import Adapter, Adapters
 from pensar.infer.request import Ints
 from pensar.infer.sampling import weigh
-from pensar.infer.step import PAGE, StepBatch, StepOutput, module_bytes, run_apart
+from pensar.infer.step import PAGE, StepBatch, StepOutput, give_back, module_bytes, run_apart
 from pensar.infer.sync import replace_weights
 from pensar.model.qwen3 import Qwen3
 
@@ -55,6 +55,7 @@ class TorchRunner:
                     pools[layer] = pool
                 else:
                     pools.append(pool)
+        give_back()
 
     def run(self, batch: StepBatch) -> StepOutput:
         training = self.model.training
@@ -104,15 +105,21 @@ class TorchRunner:
         return module_bytes(self.model)
 
     def step_bytes(self, tokens: int, texts: int) -> int:
-        """Of the layer that is being computed; rows of one token gather the keys and values that they attend to."""
+        """Of the layer that is being computed: its MLP or, where that holds more, its attention with keys and values
+        that rows of one token gather, and their scores."""
         config, size = self.config, int(self._dtype.itemsize)
-        # The stream, its normalised copy, gate, up, silu of the gate, and their product.
+        hidden, keys = config.hidden_size, config.num_kv_heads * config.head_dim
+        # The stream, its normalised copy, queries, keys, values, and what attention gives.
+        attention = tokens * (2 * hidden + 2 * config.num_heads * config.head_dim + 2 * keys) * size
+        # Scores, and weights in float32 and in the type of the values where that is another.
+        score = size + 4 + (size if size < 4 else 0)
+        gathered = texts * (2 * keys * size + config.num_heads * score)
         width = config.intermediate_size
         if config.num_experts:
             width = config.moe_intermediate_size * config.experts_per_token
-        activations = tokens * (2 * config.hidden_size + 4 * width) * size
-        gathered = texts * (2 * config.num_kv_heads * config.head_dim * size + config.num_heads * (size + 4))
-        return max(activations, gathered)
+        # The stream before and after attention, its normalised copy, silu of the gate, up, and their product.
+        mlp = tokens * (3 * hidden + 3 * width) * size
+        return max(attention + gathered, mlp)
 
     def _run(self, batch: StepBatch) -> StepOutput:
         tokens, positions = (

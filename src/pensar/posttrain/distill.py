@@ -24,7 +24,7 @@ from pensar.text.tokenizer import Tokenizer
 from pensar.train.loop import LoopConfig, Place, finish, fit, loop
 from pensar.train.optimizer import Optimizer, OptimizerConfig
 from pensar.train.schedule import rate
-from pensar.train.step import train_step
+from pensar.train.step import learning, train_step
 
 
 class OffPolicyConfig(LoopConfig, frozen=True, kw_only=True):
@@ -144,7 +144,8 @@ def _on_policy(
         keep_rollouts(place, step, rollouts)
         rows = sorted((rollout.taught() for rollout in rollouts), key=len)
         scale = rate(config.schedule, step, config.steps)
-        values = train_step(student, optimizer, micro_batches(rows), scale, world, config.loss, teacher)
+        with learning(student):
+            values = train_step(student, optimizer, micro_batches(rows), scale, world, config.loss, teacher)
         return values | {"reward": float(np.mean([rollout.score.value for rollout in rollouts]))}
 
     name, forget = "on-policy distillation", partial(truncate_rollouts, out)

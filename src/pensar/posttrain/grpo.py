@@ -32,7 +32,7 @@ from pensar.text.tokenizer import Tokenizer
 from pensar.train.loop import LoopConfig, Place, finish, loop
 from pensar.train.optimizer import Optimizer, OptimizerConfig
 from pensar.train.schedule import ScheduleConfig, rate
-from pensar.train.step import train_step
+from pensar.train.step import learning, train_step
 
 
 class GrpoConfig(LoopConfig, frozen=True, kw_only=True):
@@ -153,7 +153,8 @@ def _step(
     for part in np.array_split(order, config.minibatches):
         if len(part):
             rows = sorted((samples[i] for i in part), key=len)
-            taken = train_step(model, optimizer, micro_batches(rows), scale, world, config.loss)
+            with learning(model):
+                taken = train_step(model, optimizer, micro_batches(rows), scale, world, config.loss)
             values |= taken | {key: values[key] for key in MISMATCH if key in values}
     values["tokens"] = float(sum(len(rollout.tokens) for rollout in rollouts))
     values["learned_tokens"] = float(sum(len(sample) for sample in samples))

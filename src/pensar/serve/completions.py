@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from itertools import accumulate
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from pensar.infer.choices import mean_of_drawn
 from pensar.infer.engine import Request, SamplingParams
+from pensar.infer.request import MAX_TOP_LOGPROBS
 from pensar.serve.answer import Answer, complete
 from pensar.serve.beams import BeamAnswer, check_beams
 from pensar.serve.failure import invalid, unsupported
@@ -22,7 +24,15 @@ from pensar.serve.transport import (
     event,
     timestamp,
 )
-from pensar.serve.wire import CompletionRequest, TextChoice, TextCompletion, TextLogprobs, Usage, read_request
+from pensar.serve.wire import (
+    CompletionRequest,
+    TextChoice,
+    TextCompletion,
+    TextLogprobs,
+    TokenLogprob,
+    Usage,
+    read_request,
+)
 
 MAX_SEQUENCES = 256
 """Prompts times `n`, or `best_of`, of one request."""
@@ -38,8 +48,8 @@ async def answer_completion(service: Service, request: HttpRequest) -> Response:
     each = len(requests) // len(prompts)
     echoes = [service.tokenizer.decode(prompt) if asked.echo else "" for prompt in prompts]
 
-    def reply_to(_: Request) -> Reply:
-        return Reply(service.tokenizer, None, asked.stops)
+    def reply_to(request: Request) -> Reply:
+        return Reply(service.tokenizer, None, asked.stops, prompt=request.tokens)
 
     if beams:
         search = BeamAnswer(service, requests[::each], asked, name, reply_to)
@@ -77,7 +87,7 @@ def _completion(
             index=index,
             text=echo + reply.content,
             finish_reason=reply.finish_reason,
-            logprobs=None if asked.logprobs is None else _logprobs(reply, 0),
+            logprobs=None if asked.logprobs is None else _logprobs(asked, reply, 0),
         )
         for index, (echo, reply) in enumerate(pairs)
     ]
@@ -107,12 +117,15 @@ def _check(asked: CompletionRequest) -> None:
             )
     if asked.suffix:
         raise unsupported("suffix", "suffix is not supported; the model continues a text at its end.")
-    if asked.logprobs:
-        raise unsupported(
-            "logprobs", "logprobs above 0 is not supported: only chosen tokens have logprobs; send 0."
+    if asked.logprobs is not None and not 0 <= asked.logprobs <= MAX_TOP_LOGPROBS:
+        raise invalid(
+            f"logprobs {asked.logprobs} must be at least 0 and at most {MAX_TOP_LOGPROBS}.", "logprobs"
         )
-    if asked.echo and asked.logprobs is not None:
-        raise unsupported("echo", "echo together with logprobs is not supported; leave out one of them.")
+    if asked.echo and asked.logprobs is not None and asked.stream:
+        raise unsupported(
+            "echo",
+            "echo with logprobs cannot be streamed: the prompt's are known when all of it is; leave out one.",
+        )
 
 
 def _prepare(
@@ -146,18 +159,29 @@ def _prepare(
     return prompts, requests
 
 
-def _logprobs(reply: Reply, offset: int) -> TextLogprobs:
+def _logprobs(asked: CompletionRequest, reply: Reply, offset: int) -> TextLogprobs:
     """The accounts' entries in this endpoint's shape; `offset` is the first token's place in the text."""
-    tokens = [entry.token for entry in reply.accounts.logprobs]
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
+    prompt = reply.accounts.prompt if asked.echo else []
+    entries = [*prompt, *reply.accounts.logprobs]
+    tokens = [entry.token for entry in entries]
+    values: list[float | None] = [entry.logprob for entry in entries]
+    tops: list[dict[str, float] | None] = [_likely(entry) for entry in entries]
+    if prompt:
+        values[0] = tops[0] = None
     return TextLogprobs(
         tokens=tokens,
-        token_logprobs=[entry.logprob for entry in reply.accounts.logprobs],
-        text_offset=offsets,
+        token_logprobs=values,
+        text_offset=list(accumulate(map(len, tokens[:-1]), initial=offset)),
+        top_logprobs=tops if asked.logprobs else None,
     )
+
+
+def _likely(entry: TokenLogprob) -> dict[str, float]:
+    """By text, of tokens with the same text (halves of a character) the likeliest, and the one that stands there."""
+    found: dict[str, float] = {}
+    for top in entry.top_logprobs:
+        found.setdefault(top.token, top.logprob)
+    return {entry.token: entry.logprob} | found
 
 
 async def _events(
@@ -169,7 +193,7 @@ async def _events(
     def chunk(choice: TextChoice) -> bytes:
         reply = answer.replies[choice.index]
         if asked.logprobs is not None and reply.accounts.logprobs:
-            choice.logprobs = _logprobs(reply, offsets[choice.index])
+            choice.logprobs = _logprobs(asked, reply, offsets[choice.index])
             offsets[choice.index] += sum(map(len, choice.logprobs.tokens))
             reply.accounts.logprobs = []
         return event(TextCompletion(id=identifier, created=created, model=model, choices=[choice]))

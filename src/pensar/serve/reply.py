@@ -24,13 +24,15 @@ class Accounts(Tally):
     values: list[float] = field(default_factory=list)
     """The log-probabilities alone, of the whole reply."""
     forced: list[bool] = field(default_factory=list)
+    prompt: list[TokenLogprob] = field(default_factory=list)
+    """The entries of the prompt's tokens, where they were asked for; that of the first says nothing."""
 
 
 class Reply:
     """Feeds on engine pieces and gives deltas; stop strings act on the answer, not on thinking or tool calls.
 
     `parser` None is for a continued text, in which nothing but characters counts. Without `tools` on offer a tool
-    call is the model's own text and stays text.
+    call is the model's own text and stays text. `prompt` are the tokens that log-probabilities of the prompt are of.
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class Reply:
         stops: Sequence[str] = (),
         *,
         tools: bool = False,
+        prompt: Sequence[int] = (),
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._prompt = tokenizer, prompt
         self._decoder = StreamDecoder(tokenizer, skip_special=True)
         self._parser = parser
         self._stops = StopStrings(stops)
@@ -109,17 +112,25 @@ class Reply:
         if piece.logprobs is not None:
             self.accounts.values += piece.logprobs
             self.accounts.forced += piece.forced
-        tops = piece.top_logprobs or [[]] * len(piece.tokens)
-        for token, logprob, top in zip(piece.tokens, piece.logprobs or (), tops, strict=False):
-            data = self._tokenizer.decode_bytes([token])
-            self.accounts.logprobs.append(
-                TokenLogprob(
-                    token=data.decode("utf-8", "replace"),
-                    logprob=logprob,
-                    bytes=list(data),
-                    top_logprobs=[self._likely(*entry) for entry in top],
-                )
+        self.accounts.logprobs += self._entries(piece.tokens, piece.logprobs, piece.top_logprobs)
+        if piece.prompt_logprobs is not None:
+            self.accounts.prompt = self._entries(
+                self._prompt, piece.prompt_logprobs, piece.prompt_top_logprobs
             )
+
+    def _entries(
+        self,
+        tokens: Sequence[int],
+        logprobs: Sequence[float] | None,
+        tops: Sequence[Sequence[tuple[int, float]]] | None,
+    ) -> list[TokenLogprob]:
+        entries = []
+        for token, logprob, top in zip(tokens, logprobs or (), tops or [[]] * len(tokens), strict=False):
+            data = self._tokenizer.decode_bytes([token])
+            likely = [self._likely(*entry) for entry in top]
+            text = data.decode("utf-8", "replace")
+            entries.append(TokenLogprob(token=text, logprob=logprob, bytes=list(data), top_logprobs=likely))
+        return entries
 
     def _likely(self, token: int, logprob: float) -> TopLogprob:
         data = self._tokenizer.decode_bytes([token])

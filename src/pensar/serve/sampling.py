@@ -123,7 +123,14 @@ def completion_params(
     grammar = _structured(request.structured_outputs)
     count = request.best_of or request.n or 1
     logprobs = request.logprobs is not None or count > (request.n or 1)
-    shared = SamplingParams(max_tokens=room, stop_ids=generation.end_ids, logprobs=logprobs, grammar=grammar)
+    shared = SamplingParams(
+        max_tokens=room,
+        stop_ids=generation.end_ids,
+        logprobs=logprobs,
+        top_logprobs=request.logprobs or 0,
+        prompt_logprobs=bool(request.echo) and request.logprobs is not None,
+        grammar=grammar,
+    )
     return _params(request, RAW, shared, count)
 
 

@@ -191,6 +191,7 @@ class CompletionRequest(SamplingFields, kw_only=True):
 
     prompt: Any
     logprobs: int | None = None
+    """Tells each token's log-probability, and those of so many of the likeliest; with `echo` the prompt's as well."""
     echo: bool | None = None
     best_of: Annotated[int, msgspec.Meta(ge=1, le=MAX_BEST_OF)] | None = None
     """So many are drawn, and the `n` with the highest log-probability per token come back."""
@@ -295,10 +296,13 @@ class ChatChunk(msgspec.Struct, kw_only=True):
 
 
 class TextLogprobs(msgspec.Struct, kw_only=True):
+    """One entry per token, those of an echoed prompt included; nothing comes before its first, which has None."""
+
     tokens: list[str]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     text_offset: list[int]
-    top_logprobs: None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
+    """The likeliest tokens at each place, and the one that stands there; None where none were asked for."""
 
 
 class TextChoice(msgspec.Struct, kw_only=True):

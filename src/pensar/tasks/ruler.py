@@ -41,9 +41,13 @@ def ruler_task(kind: Kind, rng: random.Random, tokens: int, length: Length) -> T
 
 
 def ruler_text(kind: Kind, rng: random.Random, tokens: int, length: Length) -> str:
-    """A text to learn from: as `ruler_task`, with the questions of all its lines at its end and their answers."""
+    """A text to learn from: as `ruler_task`, with questions at its end, at least four, and their answers.
+
+    All names are asked for, those inside a chain too: who can go on from any name can follow a chain from its start.
+    """
     groups = _planted(kind, rng)
-    questions = [_question(group) for group in rng.sample(groups, len(groups))]
+    questions = [_question(group[start:]) for group in groups for start in range(len(group) - 1)]
+    rng.shuffle(questions)
     questions += rng.choices(questions, k=max(0, 4 - len(questions)))
     text, answer = _text(groups, questions, rng, tokens, length)
     return text + answer

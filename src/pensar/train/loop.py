@@ -35,7 +35,7 @@ from pensar.train.profiler import profiled
 from pensar.train.recompute import Recompute, recomputed
 from pensar.train.schedule import ScheduleConfig, rate
 from pensar.train.speed import speed_of
-from pensar.train.step import Spread, train_step
+from pensar.train.step import Spread, learning, train_step
 
 if TYPE_CHECKING:
     from pensar.train.parallel.mesh import Mesh
@@ -209,13 +209,11 @@ def fit(
             )
         return values | {"lr": scale * (rates.lr if rates.muon else rates.adamw_lr)}
 
-    model.train()
     shown = ("loss", "divergence")
     parts: dict[str, Part] = {"experts": use, "arithmetic": arithmetic, "observer": observer}
-    with float8(model, arithmetic.precision == "float8"), compiled(model, config.compile):
+    with float8(model, arithmetic.precision == "float8"), compiled(model, config.compile), learning(model):
         watching: dict[str, Any] = {"guard": guard, "parts": parts, "observer": observer}
         loop(model, optimizer, config, place, take, name=name, shown=shown, **watching)
-    model.eval()
     if place.world.rank == 0:
         use.write(place.out)
 

@@ -1,7 +1,7 @@
 """One optimiser step over all ranks: share the rows, sum the gradients, refuse what is bad, update."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -181,6 +181,16 @@ def train_step(
         witness.updated(model, totals)
     metrics["tokens"] = float(totals.tokens)
     return metrics
+
+
+@contextmanager
+def learning(model: Qwen3) -> Iterator[None]:
+    """Training mode within, evaluation mode after: routers of experts note where tokens go, which balances them."""
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 def one_by_one(spread: Spread, model: Qwen3, batches: Sequence[Batch | None], work: Work) -> Tensor:

@@ -33,6 +33,7 @@ class Delta:
     logprobs: list[float] = field(default_factory=list)
     tops: list[TopLogprobs] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_tops: list[TopLogprobs] = field(default_factory=list)
     cached_tokens: int | None = None
     finish_reason: FinishReason | None = None
 
@@ -219,6 +220,7 @@ class Reply:
         whole.logprobs += delta.logprobs
         whole.tops += delta.tops
         whole.prompt_logprobs += delta.prompt_logprobs
+        whole.prompt_tops += delta.prompt_tops
         whole.cached_tokens = delta.cached_tokens if delta.cached_tokens is not None else whole.cached_tokens
         self._announced = delta.finish_reason or self._announced
 
@@ -252,6 +254,7 @@ class Reply:
             version=version,
             top_logprobs=part.top_logprobs if params.top_logprobs else None,
             prompt_logprobs=part.prompt_logprobs if first and params.prompt_logprobs else None,
+            prompt_top_logprobs=(part.prompt_top_logprobs or None) if first else None,
             error=self.error,
         )
 
@@ -271,6 +274,7 @@ class Reply:
             version=version,
             top_logprobs=whole.tops[start:],
             prompt_logprobs=whole.prompt_logprobs,
+            prompt_top_logprobs=whole.prompt_tops,
             error=self.error,
         )
 

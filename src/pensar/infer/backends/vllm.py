@@ -234,6 +234,8 @@ class Completions:
                 # With `echo` the first event begins with the prompt, whose first token nothing precedes.
                 length = len(request.tokens)
                 delta.prompt_logprobs += [0.0, *logprobs[1:length]]
+                if request.params.top_logprobs:
+                    delta.prompt_tops += [[], *tops[1:length]]
                 logprobs, tops, ids = logprobs[length:], tops[length:], ids[length:]
             tokens = choice.get("token_ids")
             delta.tokens += ids if tokens is None else tokens

@@ -4,6 +4,8 @@
 
 #include "rows.h"
 
+#include <algorithm>
+
 constexpr int BLOCK_PAGES = 4, TOKENS = BLOCK_PAGES * PAGE, TILE = 8, TV = PAGE / L;
 
 struct Pages {
@@ -19,7 +21,19 @@ template <class T>
 INLINE Vf number(const T* p) {
     if constexpr (sizeof(T) == 4) return load<Vf>(p);
     if constexpr (sizeof(T) == 2) return from_bfloat16(load<Vh>(p));
-    if constexpr (sizeof(T) == 1) return __builtin_convertvector(load<Vs>(p), Vf);
+    // By way of 16 bits: compilers have instructions for each step, and take bytes to floats one by one.
+    typedef int16_t Vw __attribute__((vector_size(2 * L)));
+    if constexpr (sizeof(T) == 1)
+        return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(load<Vs>(p), Vw), Vi), Vf);
+}
+
+// A vector that several queries use is read once: left alone, the compiler reads it from memory for each of them.
+template <int Q>
+INLINE Vf held(Vf v) {
+#if defined(__AVX512F__) && !defined(PENSAR_GENERIC)
+    if constexpr (Q > 1) asm("" : "+v"(v));
+#endif
+    return v;
 }
 
 // Scores of Q queries with the tokens of P pages from page `first` on. The sum over a head's numbers is sequential; pages
@@ -37,7 +51,7 @@ static void score_pages(const float* const* q, const Pages& pages, int64_t first
         if (Q <= 4) UNROLL for (int p = 0; p < P; p++) __builtin_prefetch(keys[p] + (h + d) * PAGE);
         Vf k[P][TV];
         UNROLL for (int p = 0; p < P; p++)
-            UNROLL for (int v = 0; v < TV; v++) k[p][v] = number(keys[p] + d * PAGE + v * L);
+            UNROLL for (int v = 0; v < TV; v++) k[p][v] = held<Q>(number(keys[p] + d * PAGE + v * L));
         UNROLL for (int i = 0; i < Q; i++)
             UNROLL for (int p = 0; p < P; p++)
                 UNROLL for (int v = 0; v < TV; v++) acc[i][p][v] = fma(splat(q[i][d]), k[p][v], acc[i][p][v]);
@@ -51,6 +65,15 @@ static void score_pages(const float* const* q, const Pages& pages, int64_t first
                 store(s + i * TOKENS + p * PAGE + v * L, score);
             }
     }
+}
+
+template <class T, int Q, int P>
+static void score_some(
+    int64_t num, const float* const* q, const Pages& pages, int64_t first, int64_t h, float* s
+) {
+    if constexpr (P > 1)
+        if (num < P) return score_some<T, Q, P - 1>(num, q, pages, first, h, s);
+    score_pages<T, Q, P>(q, pages, first, h, s);
 }
 
 // out[Q][wide] += the block's weights times its values, token by token; W vectors of a head at once.
@@ -70,7 +93,7 @@ static void add_values(
         for (int64_t t = 0; t < num; t++) {
             if (Q <= 4) UNROLL for (int v = 0; v < W; v++) __builtin_prefetch(next + (t * W + v) * L);
             Vf value[W];
-            UNROLL for (int v = 0; v < W; v++) value[v] = number(values + t * w + column + v * L);
+            UNROLL for (int v = 0; v < W; v++) value[v] = held<Q>(number(values + t * w + column + v * L));
             UNROLL for (int i = 0; i < Q; i++) {
                 float weight = s[i * TOKENS + begin + t];
                 if constexpr (sizeof(T) == 1) weight = weight == 0 ? 0 : weight * scales[t];
@@ -91,21 +114,29 @@ static void add_block(const float* s, const Pages& pages, int64_t first, int64_t
 }
 
 // The block's scores become weights, relative to the largest score so far; what was summed before is brought to it.
-static void soften(float* s, float* largest, float* total, float* out, int64_t w) {
-    Vf top = load<Vf>(s);
-    for (int t = L; t < TOKENS; t += L) top = max(top, load<Vf>(s + t));
-    const float now = std::fmax(*largest, max(top));
-    const float factor = exp(splat(*largest - now))[0];
-    Vf weights = Vf{};
-    for (int t = 0; t < TOKENS; t += L) {
-        const Vf weight = exp(load<Vf>(s + t) - now);
-        weights += weight;
-        store(s + t, weight);
+template <int Q>
+static void soften(float* s, int64_t tokens, float* largest, float* total, float* out, int64_t w) {
+    constexpr int WHOLE = (Q + L - 1) / L * L;
+    alignas(64) float factor[WHOLE] = {};
+    for (int i = 0; i < Q; i++) {
+        Vf top = load<Vf>(s + i * TOKENS);
+        for (int64_t t = L; t < tokens; t += L) top = max(top, load<Vf>(s + i * TOKENS + t));
+        const float now = std::fmax(largest[i], max(top));
+        factor[i] = largest[i] - now;
+        largest[i] = now;
     }
-    *total = *total * factor + sum(weights);
-    *largest = now;
-    if (factor != 1)
-        for (int64_t i = 0; i < w; i += L) store(out + i, load<Vf>(out + i) * factor);
+    for (int i = 0; i < WHOLE; i += L) store(factor + i, exp(load<Vf>(factor + i)));
+    for (int i = 0; i < Q; i++) {
+        Vf weights = Vf{};
+        for (int64_t t = i * TOKENS; t < i * TOKENS + tokens; t += L) {
+            const Vf weight = exp(load<Vf>(s + t) - largest[i]);
+            weights += weight;
+            store(s + t, weight);
+        }
+        total[i] = total[i] * factor[i] + sum(weights);
+        if (factor[i] != 1)
+            for (int64_t j = i * w; j < i * w + w; j += L) store(out + j, load<Vf>(out + j) * factor[i]);
+    }
 }
 
 // Whether a block's values of some tokens are numbers: a guess or another token behind a query must not break it, and
@@ -140,17 +171,11 @@ static void attend_tile(const float* const* q, const int64_t* limits, const Page
         alignas(64) float s[Q * TOKENS];
         const int64_t tokens = longest - begin < TOKENS ? longest - begin : TOKENS, num = (tokens + PAGE - 1) / PAGE;
         const int64_t first = begin / PAGE;
-        int64_t page = 0;
-        for (; page + P <= num; page += P) score_pages<T, Q, P>(q, pages, first + page, h, s + page * PAGE);
-        for (; page < num; page++) score_pages<T, Q, 1>(q, pages, first + page, h, s + page * PAGE);
-        for (int i = 0; i < Q; i++) {
-            const int64_t seen = limits[i] - begin;
-            for (int64_t t = seen < 0 ? 0 : seen; t < TOKENS; t++) s[i * TOKENS + t] = -INFINITY;
-            if (seen > 0)
-                soften(s + i * TOKENS, largest + i, total + i, out + i * w, w);
-            else
-                std::memset(s + i * TOKENS, 0, TOKENS * sizeof(float));
-        }
+        for (int64_t page = 0; page < num; page += P)
+            score_some<T, Q, P>(std::min<int64_t>(P, num - page), q, pages, first + page, h, s + page * PAGE);
+        for (int i = 0; i < Q; i++)
+            for (int64_t t = std::max<int64_t>(limits[i] - begin, 0); t < num * PAGE; t++) s[i * TOKENS + t] = -INFINITY;
+        soften<Q>(s, num * PAGE, largest, total, out, w);
         if (shortest < begin + tokens && !sound<T>(pages, first, shortest < begin ? 0 : shortest - begin, tokens, h)) {
             for (int i = 0; i < Q; i++)
                 if (limits[i] > begin)

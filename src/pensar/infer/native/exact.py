@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pensar.base.errors import ConfigError
 from pensar.infer.native.runner import Kind, NativeRunner
 from pensar.infer.request import Ints
 from pensar.infer.step import PAGE, Runner, StepBatch
@@ -27,8 +28,10 @@ def exact(model: Qwen3, weights: Kind = "float32", threads: int | None = None) -
     """Within it `model(...)` and `model.logits(...)` give the engine's bits; weights may be changed between passes.
 
     A document begins where positions do not go on from those before. Raises RunError where the library cannot be
-    built, ConfigError for a model that is not on the CPU.
+    built, ConfigError for a model that is not on the CPU or is within `exact` already.
     """
+    if "logits" in vars(model):
+        raise ConfigError("the model computes exactly already; leave that `with exact(...)` before the next")
     engine = _Engine(model, weights, threads)
     forward = model.forward
 

@@ -3,9 +3,10 @@
 //
 // Weights lie in panels of NR columns, read from front to back:
 //   FLOAT32   [K][NR] floats
-//   BFLOAT16  [K][NR] halves
+//   BFLOAT16  [K][NV / 2][L] words, the low half of a column of vector v, the high half of one of vector v + 1
 //   INT8      [K / 4][NV][L] quads of bytes, then [NR] scales of the columns
-//   INT4      per part of H inputs [H / 8][NV][L] bytes with two quads' nibbles, then [NR] scales, [NR] minima (halves)
+//   INT4      per part of H inputs [H / 8][NV][L] bytes with two quads' nibbles, then [NR] words, the low half a
+//             scale, the high half a minimum
 // Rows for the last two are, per group of G inputs, G signed bytes, their scale, the sums of both halves and what the
 // offset of the weights' bytes adds to a product.
 #pragma once
@@ -15,9 +16,8 @@
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 
-constexpr int G = 64;         // inputs that share a scale in a row of bytes
-constexpr int H = G / 2;      // and in a column of four bits
-constexpr int AHEAD = 8192;  // bytes between what is multiplied and what is asked of memory, where a weight is met once
+constexpr int G = 64;     // inputs that share a scale in a row of bytes
+constexpr int H = G / 2;  // and in a column of four bits
 
 struct Linear {
     int32_t kind, outputs, inputs, panels;
@@ -49,9 +49,16 @@ INLINE int64_t panel_bytes(int kind, int64_t inputs) {
     }
 }
 
-// Asks for what comes after these bytes; where few rows are computed, memory is all that counts.
-INLINE void ahead(const void* w, int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)w + AHEAD + i);
+// Where a panel of halves has column c of an input.
+INLINE int half_at(int c) { return c / (2 * L) * 2 * L + c % L * 2 + c / L % 2; }
+
+INLINE void load_columns(const float* w, Vf* b) {
+    UNROLL for (int v = 0; v < NV; v++) b[v] = load<Vf>(w + v * L);
+}
+
+INLINE void load_columns(const uint16_t* w, Vf* b) {
+    static_assert(NV % 2 == 0, "vectors of halves come in pairs");
+    UNROLL for (int v = 0; v < NV; v += 2) halves(w + v * L, b[v], b[v + 1]);
 }
 
 // y[m][NR] of M rows, given as indices into `rows`.
@@ -65,13 +72,7 @@ static void tile_float(const uint8_t* panel, int64_t inputs, const Rows& rows, c
         UNROLL for (int v = 0; v < NV; v++) acc[m][v] = Vf{};
     for (int64_t k = 0; k < inputs; k++, w += NR) {
         Vf b[NV];
-        UNROLL for (int v = 0; v < NV; v++) {
-            if constexpr (sizeof(T) == 4)
-                b[v] = load<Vf>(w + v * L);
-            else
-                b[v] = from_bfloat16(load<Vh>(w + v * L));
-        }
-        if (M <= 2) ahead(w, NR * sizeof(T));
+        load_columns(w, b);
         UNROLL for (int m = 0; m < M; m++) {
             const Vf a = splat(x[m][k]);
             UNROLL for (int v = 0; v < NV; v++) acc[m][v] = fma(a, b[v], acc[m][v]);
@@ -95,9 +96,7 @@ INLINE void add_part(const uint8_t* w, const Group* const* x, int part, Vf (*tot
         UNROLL for (int v = 0; v < NV; v++) acc[m][v] = Vi{};
     UNROLL for (int k = 0; k < H; k += 8)
         UNROLL for (int v = 0; v < NV; v++) {
-            const uint8_t* at = w + (k / 8 * NV + v) * 4 * L;
-            const Vb b = load<Vb>(at), low = b & 15, high = (Vb)(((Vu)b >> 4) & 0x0f0f0f0f);
-            if (M <= 2) ahead(at, 4 * L);
+            const Vb b = load<Vb>(w + (k / 8 * NV + v) * 4 * L), low = b & 15, high = (Vb)(((Vu)b >> 4) & 0x0f0f0f0f);
             UNROLL for (int m = 0; m < M; m++) {
                 acc[m][v] = dot_nibbles(acc[m][v], low, quad(x[m]->bytes + part * H + k));
                 acc[m][v] = dot_nibbles(acc[m][v], high, quad(x[m]->bytes + part * H + k + 4));
@@ -105,8 +104,8 @@ INLINE void add_part(const uint8_t* w, const Group* const* x, int part, Vf (*tot
         }
     w += H * NR / 2;
     UNROLL for (int v = 0; v < NV; v++) {
-        const Vf scale = from_bfloat16(load<Vh>(w + v * 2 * L));
-        const Vf least = from_bfloat16(load<Vh>(w + NR * 2 + v * 2 * L));
+        Vf scale, least;
+        halves(w + v * 4 * L, scale, least);
         UNROLL for (int m = 0; m < M; m++) {
             const Vf product = __builtin_convertvector(acc[m][v], Vf) * x[m]->scale;
             total[m][v] = fma(product, scale, total[m][v]);
@@ -124,7 +123,6 @@ INLINE void add_group(const uint8_t* w, const Group* const* x, Vf (*total)[NV]) 
     UNROLL for (int k = 0; k < G; k += 4) {
         Vb b[NV];
         UNROLL for (int v = 0; v < NV; v++) b[v] = load<Vb>(w + (k / 4 * NV + v) * 4 * L);
-        if (M <= 2) ahead(w + k * NR, 4 * NR);
         UNROLL for (int m = 0; m < M; m++)
             UNROLL for (int v = 0; v < NV; v++) acc[m][v] = dot(acc[m][v], b[v], quad(x[m]->bytes + k));
     }

@@ -62,8 +62,8 @@ static void pack_column_int4(const float* x, int64_t inputs, uint8_t* panel, int
         if (rest > 0) fit_nibbles(x + p * H, (int)(rest < H ? rest : H), &scale, &least, q);
         for (int k = 0; k < H; k += 8)
             for (int j = 0; j < 4; j++) part[k / 8 * 4 * NR + c * 4 + j] = (uint8_t)(q[k + j] | q[k + 4 + j] << 4);
-        std::memcpy(part + H * NR / 2 + c * 2, &scale, 2);
-        std::memcpy(part + H * NR / 2 + NR * 2 + c * 2, &least, 2);
+        const uint16_t ends[] = {scale, least};
+        std::memcpy(part + H * NR / 2 + c * 4, ends, 4);
     }
 }
 
@@ -77,7 +77,7 @@ static void pack_panel(int kind, const float* w, int64_t inputs, const int32_t* 
         if (kind == FLOAT32)
             for (int64_t k = 0; k < inputs; k++) ((float*)panel)[k * NR + c] = x[k];
         else if (kind == BFLOAT16)
-            for (int64_t k = 0; k < inputs; k++) ((uint16_t*)panel)[k * NR + c] = to_bfloat16(x[k]);
+            for (int64_t k = 0; k < inputs; k++) ((uint16_t*)panel)[k * NR + half_at(c)] = to_bfloat16(x[k]);
         else if (kind == INT8)
             pack_column_int8(x, inputs, panel, c);
         else
@@ -95,14 +95,14 @@ static void unpack_column(const Linear& w, int64_t column, float* x) {
         if (w.kind == FLOAT32) {
             x[k] = ((const float*)panel)[k * NR + c];
         } else if (w.kind == BFLOAT16) {
-            x[k] = widened(((const uint16_t*)panel)[k * NR + c]);
+            x[k] = widened(((const uint16_t*)panel)[k * NR + half_at((int)c)]);
         } else if (w.kind == INT8) {
             x[k] = scale * (float)((int8_t)(panel[k / 4 * 4 * NR + c * 4 + k % 4] - OFFSET));
         } else {
             const uint8_t* part = panel + k / H * PART;
             const uint8_t byte = part[k % H / 8 * 4 * NR + c * 4 + k % 4];
             const uint16_t* ends = (const uint16_t*)(part + H * NR / 2);
-            x[k] = widened(ends[NR + c]) + widened(ends[c]) * (float)(k % 8 < 4 ? byte & 15 : byte >> 4);
+            x[k] = widened(ends[2 * c + 1]) + widened(ends[2 * c]) * (float)(k % 8 < 4 ? byte & 15 : byte >> 4);
         }
     }
 }

@@ -18,6 +18,8 @@ from pensar.model.qwen3 import Block, Qwen3
 
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 Order = npt.NDArray[np.int32]
+PIECE = 64 << 20
+"""Bytes that a room asks the system for at once; memory is taken only where something is written."""
 
 
 class Team:
@@ -34,11 +36,14 @@ class Team:
 class Matrix:
     """One packed matrix, filled from weights [O, I] as often as they change, always in the same place."""
 
-    def __init__(self, kind: str, order: Order, outputs: int, inputs: int) -> None:
+    def __init__(
+        self, kind: str, order: Order, outputs: int, inputs: int, take: Callable[[int], Tensor] | None = None
+    ) -> None:
+        """`take` gives memory that begins at a cache line; without it the matrix has some of its own."""
         panel = library().pensar_panel_bytes(KINDS[kind], inputs)
         panels = len(order) // library().pensar_columns()
         self.order = order
-        self.data = aligned(panels * panel)
+        self.data = (take or aligned)(panels * panel)
         self.struct = Linear(KINDS[kind], outputs, inputs, panels, self.data.data_ptr())
 
     def fill(self, weight_OI: Tensor, team: Team) -> None:
@@ -77,6 +82,25 @@ def zeros(num_bytes: int) -> Tensor:
     return torch.from_numpy(room[first : first + num_bytes])
 
 
+class Room:
+    """Memory for many matrices, one behind the other in large pieces. A piece is freed when all within it are.
+
+    The pieces come from numpy, which asks for the system's large pages (Linux, 4 MiB and more). A single row's product
+    reads each weight once, and with pages of 4 KiB every 64th line waits for a page's address first.
+    """
+
+    def __init__(self) -> None:
+        self._left = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, num_bytes: int) -> Tensor:
+        """Bytes that begin at a cache line."""
+        size = -(-num_bytes // 64) * 64
+        if size > len(self._left):
+            self._left = zeros(max(size, PIECE))
+        taken, self._left = self._left[:num_bytes], self._left[size:]
+        return taken
+
+
 def in_order(outputs: int) -> Order:
     """Columns as the rows of the weights come."""
     columns = library().pensar_columns()
@@ -99,6 +123,7 @@ class Weights:
 
     def __init__(self, model: Qwen3, kind: str, team: Team) -> None:
         self.model, self.kind, self.team = model, kind, team
+        self.room = Room()
         config = model.config
         self.width = config.moe_intermediate_size if config.num_experts else config.intermediate_size
         self._fills: list[Callable[[], object]] = []
@@ -161,7 +186,8 @@ class Weights:
     def _matrix(
         self, kind: str, weight: Callable[[], Tensor], outputs: int, order: Order | None = None
     ) -> Matrix:
-        matrix = Matrix(kind, in_order(outputs) if order is None else order, outputs, weight().shape[-1])
+        order = in_order(outputs) if order is None else order
+        matrix = Matrix(kind, order, outputs, weight().shape[-1], self.room.take)
         self._kept += [matrix, matrix.data]
         self._fills.append(lambda: matrix.fill(weight(), self.team))
         return matrix
@@ -187,8 +213,9 @@ class Stacks:
         num, hidden, width = weights.model.config.num_experts, weights.model.config.hidden_size, weights.width
         self._weights = weights
         gate_up, down = gate_and_up(width), in_order(hidden)
-        self._gate_up = [Matrix(weights.kind, gate_up, 2 * width, hidden) for _ in range(num)]
-        self._down = [Matrix(weights.kind, down, hidden, width) for _ in range(num)]
+        kind, take = weights.kind, weights.room.take
+        self._gate_up = [Matrix(kind, gate_up, 2 * width, hidden, take) for _ in range(num)]
+        self._down = [Matrix(kind, down, hidden, width, take) for _ in range(num)]
         self.pair = tuple(
             (Linear * num)(*(matrix.struct for matrix in some)) for some in (self._gate_up, self._down)
         )

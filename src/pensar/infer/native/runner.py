@@ -21,7 +21,7 @@ from pensar.infer.native.library import describe, library
 from pensar.infer.native.pack import Team, Weights, zeros
 from pensar.infer.native.structs import Batch, Layer, Model
 from pensar.infer.request import Ints
-from pensar.infer.step import StepBatch, StepOutput, module_bytes, run_apart
+from pensar.infer.step import StepBatch, StepOutput, give_back, module_bytes, run_apart
 from pensar.infer.sync import replace_weights
 from pensar.model.qwen3 import Qwen3
 
@@ -66,6 +66,7 @@ class NativeRunner:
         self._library = library()
         self._team = Team(threads or 1, pin)
         self._packed = Weights(model, weights, self._team)
+        give_back()
         self._changes = Changes(self._packed)
         self._angles = torch.empty(2, 0, self.config.head_dim // 2)
         self._page_bytes = self.config.num_kv_heads * self._library.pensar_head_bytes(
@@ -129,8 +130,7 @@ class NativeRunner:
         # Names keep the copies alive that the library reads from.
         logits_NV, uniform_N = logits_NV.contiguous(), uniform_N.contiguous()
         temperature_N1 = None if temperature_N1 is None else temperature_N1.contiguous()
-        ids_N = torch.empty(num, dtype=torch.int64)
-        top_N, total_N = torch.empty(2, num)
+        ids_N, top_N, total_N = torch.empty(num, dtype=torch.int64), torch.empty(num), torch.empty(num)
         self._library.pensar_weigh(
             logits_NV.data_ptr(),
             num,

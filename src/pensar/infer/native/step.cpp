@@ -394,7 +394,6 @@ int64_t pensar_peak(int64_t kind, int64_t rounds) {
 int64_t pensar_read(const uint8_t* from, int64_t bytes) {
     Vi sums[4] = {};
     for (int64_t i = 0; i + 16 * L <= bytes; i += 16 * L) {
-        ahead(from + i, 16 * L);
         UNROLL for (int v = 0; v < 4; v++) sums[v] += load<Vi>(from + i + v * 4 * L);
     }
     const Vi all = sums[0] + sums[1] + sums[2] + sums[3];

@@ -91,7 +91,20 @@ INLINE Vi nearest(Vf x) {
     return (Vi)(x + magic) - (Vi)magic;
 }
 
-INLINE Vf from_bfloat16(Vh h) { return (Vf)(__builtin_convertvector(h, Vu) << 16); }
+INLINE Vf from_bfloat16(Vh h) {
+#if defined(__AVX512F__) && !defined(PENSAR_GENERIC)
+    return (Vf)((Vu)_mm512_cvtepu16_epi32((__m256i)h) << 16);  // GCC spreads two halves of the vector and joins them
+#else
+    return (Vf)(__builtin_convertvector(h, Vu) << 16);
+#endif
+}
+
+// Two vectors from one of words: a shift and a mask, where halves side by side would have to be spread first.
+INLINE void halves(const void* words, Vf& low, Vf& high) {
+    const Vu both = load<Vu>(words);
+    low = (Vf)(both << 16);
+    high = (Vf)(both & 0xffff0000);
+}
 
 // exp(x) = 2^n exp(r), |r| <= ln(2) / 2, by Taylor's series to r^7 / 7!, whose rest is 5e-9. 0 below -87.3, exp(88) from
 // 88 on; NaN stays NaN.
