@@ -18,6 +18,7 @@ class MarkovRunner:
     """Keeps tokens in its pages, as a model keeps keys, and reads the last two of a text from there."""
 
     weigh = staticmethod(weigh)
+    lazy_room = False
 
     def __init__(self, vocabulary: int, *, seed: int = 0, sharpness: float = 2.0, noise: float = 0.0) -> None:
         shape = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pensar.base.errors import ConfigError, ModelError
 from pensar.infer.engine import Completion, Engine, Piece, Request, SamplingParams
 from pensar.infer.queue import Entry, WaitingQueue
-from pensar.infer.step import PAGE
+from pensar.infer.step import PAGE, StepBatch, StepOutput
 from pensar.infer.torch_runner import TorchRunner
 from pensar.model.qwen3 import Qwen3
 
@@ -317,6 +317,44 @@ def test_log_probabilities_of_a_prompt_and_of_the_likeliest(model: Qwen3, full_l
     pieces = finished(engine)["stream"]
     assert [piece.prompt_logprobs is not None for piece in pieces] == [True, False, False]
     assert [piece.prompt_top_logprobs is not None for piece in pieces] == [True, False, False]
+
+
+def test_prompts_that_are_scored_share_what_a_step_has_for_logits(
+    model: Qwen3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pensar.infer.scheduler.MAX_LOGITS", 20 * model.config.vocab_size)
+    engine, most = Engine(model, slots=8), []
+    run = engine.runner.run
+
+    def watched(batch: StepBatch) -> StepOutput:
+        most.append(len(batch.wanted_S))
+        return run(batch)
+
+    engine.runner.run = watched  # type: ignore[method-assign]
+    asked = prompts([16] * 6)
+    done = engine.run([greedy(str(i), p, 2, prompt_logprobs=True) for i, p in enumerate(asked)])
+    assert max(most) <= 20 + 6, "and one for each row that writes already"
+    alone = [Engine(model).run([greedy("a", p, 2, prompt_logprobs=True)])[0] for p in asked]
+    for one, other in zip(done, alone, strict=True):
+        assert one.tokens == other.tokens
+        assert one.prompt_logprobs == pytest.approx(other.prompt_logprobs, abs=1e-5)
+
+
+def test_weights_that_come_in_the_middle_of_a_prompt_score_all_of_it(model: Qwen3) -> None:
+    (prompt,) = prompts([48])
+    wanted = {"prompt_logprobs": True, "top_logprobs": 2}
+    other = {name: 1.5 * weight.detach() for name, weight in model.named_parameters()}
+    engine = Engine(model, step_tokens=64, slots=1)
+    engine.scheduler.step_tokens = 16
+    engine.submit(greedy("a", prompt, 2, **wanted))
+    engine.step()
+    engine.step()
+    engine.load(other)
+    first = finished(engine)["a"][0]
+    (fresh,) = Engine(model).run([greedy("a", prompt, 2, **wanted)])
+    assert first.prompt_logprobs == pytest.approx(fresh.prompt_logprobs, abs=1e-5)
+    for places, others in zip(first.prompt_top_logprobs, fresh.prompt_top_logprobs, strict=True):
+        assert [token for token, _ in places] == [token for token, _ in others]
 
 
 def test_ignoring_the_end_of_turn_goes_on_to_the_limit(model: Qwen3, tokenizer: Any) -> None:

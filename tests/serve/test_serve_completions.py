@@ -121,8 +121,17 @@ def test_a_text_is_scored_by_its_echo(client: openai.OpenAI, service: Service) -
         model="tiny", prompt=[text, "Two"], n=2, max_tokens=1, logprobs=0, echo=True
     )
     assert [choice.logprobs.token_logprobs[0] for choice in twice.choices] == [None] * 4
+    assert not twice.choices[2].logprobs.token_logprobs[1:-1]
     for choice in twice.choices[:2]:
         assert choice.logprobs.token_logprobs[1:-1] == pytest.approx(found.token_logprobs[1:-1], abs=1e-4)
+
+
+def test_a_reply_without_a_token_has_no_places(client: openai.OpenAI) -> None:
+    found = client.completions.create(
+        model="tiny", prompt="Two", logprobs=0, extra_body={"timeout": 1e-6}
+    ).choices[0]
+    assert found.text == ""
+    assert (found.logprobs.tokens, found.logprobs.token_logprobs, found.logprobs.text_offset) == ([], [], [])
 
 
 def test_a_text_with_control_tokens_is_plain_text(client: openai.OpenAI, service: Service) -> None:

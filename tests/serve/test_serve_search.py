@@ -213,6 +213,7 @@ def test_a_server_that_leaves_lets_a_search_finish(metered: Service) -> None:
         (BEAMS | {"n": 16, "stop_token_ids": [1, 2, 3, 4, 5]}, "num_beams 16"),
         (BEAMS | {"early_stopping": "soon"}, "early_stopping"),
         (BEAMS | {"length_penalty": 11}, "length_penalty"),
+        (BEAMS | {"logprobs": 0}, "logprobs cannot be had"),
     ],
 )
 def test_what_cannot_be_searched_for_is_refused(client: openai.OpenAI, fields: Any, part: str) -> None:

@@ -60,7 +60,7 @@ class Commit:
         self._version, self._ended = version, {}
         self._scheduler.computed(plan)
         if plan.plain:
-            rows_A, drafts_A, first_A = plan.rows, plan.drafts, np.arange(len(plan.rows))
+            rows_A, drafts_A, first_A = plan.rows, plan.drafts, plan.rows  # a row of logits each
         else:
             rows_A, drafts_A, first_A = self._complete(plan, output)
         joined, whom = self._scheduler.joined(rows_A)
@@ -117,10 +117,13 @@ class Commit:
                 logprobs(known, ids).cpu().numpy()
             )
             tops = self._rows.tops[row]
-            # What a request had before it gave way is not scored twice.
-            skipped = max(0, self._rows.first_top(row) + len(tops or ()) - start - 1)
-            if tops is not None and skipped < len(targets):
-                tops += _likeliest(known[skipped:], self._rows.requests[row].params.top_logprobs)
+            place = start + 1 - self._rows.first_top(row)
+            known = known[max(0, -place) :]
+            if tops is not None and len(known):  # also what was told before: other weights may have done it
+                place = max(0, place)
+                tops[place : place + len(known)] = _likeliest(
+                    known, self._rows.requests[row].params.top_logprobs
+                )
         if stop == total:
             state["every"][row] = False
 
@@ -136,14 +139,15 @@ class Commit:
             source_M = np.repeat(first_A, drafts_A + 1) + step_M
             index_M = np.repeat(index_M, drafts_A + 1) + step_M
         raw_MV = logits_SV
-        if len(source_M) != len(logits_SV) or (source_M != np.arange(len(source_M))).any():
+        in_order = source_M is rows_A or (np.diff(source_M) == 1).all()
+        if len(source_M) != len(logits_SV) or not in_order:
             raw_MV = logits_SV[torch.from_numpy(source_M).to(logits_SV.device)]
         allowed_MV = self._constrained(rows_A, drafts_A, offset_A, raw_MV)
         uniform = torch.from_numpy(uniforms(state["seed"][rows_M], index_M)).to(raw_MV.device)
         draw = sample(
             allowed_MV, self._rules_of(rows_M, raw_MV.device), uniform, self._scheduler.runner.weigh
         )
-        ids_M, sound_M = draw.ids.cpu().numpy(), np.isfinite(draw.top_N.cpu().numpy())
+        ids_M, sound_M = draw.ids.cpu().numpy(), draw.sound
         scores = _Scores(raw_MV, draw.top_N if allowed_MV is raw_MV else None)
         rows, at = rows_A, offset_A
         for turn in range(most + 1):
@@ -249,7 +253,8 @@ class Commit:
     def _rules_of(self, rows_M: Ints, device: torch.device) -> Rules:
         """The sampling rules, kept while the same rows are drawn for."""
         kept = self._rules
-        if kept is None or self._scheduler.changed or not np.array_equal(kept[0], rows_M):
+        same = kept is not None and (kept[0] is rows_M or np.array_equal(kept[0], rows_M))
+        if kept is None or not same or self._scheduler.changed:
             kept = self._rules = (rows_M, rules_of(self._rows.state[rows_M], device))
             self._scheduler.changed = False
         return kept[1]

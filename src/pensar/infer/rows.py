@@ -162,8 +162,8 @@ class RunningRows:
         start = prompt if start is None else start
         stop = int(state["total"]) if stop is None else stop
         tops, first = self.tops[row] or [], self.first_top(row)
-        # What the prompt's tokens get is known where anything of the reply is.
-        scored = request.params.prompt_logprobs and bool(state["total"] > prompt)
+        # What the prompt's tokens get is known where anything of the reply is, and told with its first part.
+        scored = request.params.prompt_logprobs and start == prompt < int(state["total"])
         return Completion(
             tokens=self.tokens[row, start:stop].tolist(),
             logprobs=self.logprobs[row, start:stop].tolist() if state["logprobs"] else [],
@@ -211,9 +211,7 @@ class RunningRows:
 
     def give_pages(self, row: int, pages: Sequence[int]) -> None:
         """More pages at the end of a row's."""
-        have = int(self.state["num_pages"][row])
-        self.pages[row, have : have + len(pages)] = pages
-        self.state["num_pages"][row] = have + len(pages)
+        self.deal_pages(np.asarray([row]), np.asarray([len(pages)]), pages)
 
     def deal_pages(self, rows: Ints, counts: Ints, pages: Sequence[int]) -> None:
         """So many more pages at the end of each row's; those of a row stand together in `pages`."""

@@ -88,9 +88,10 @@ class Draw:
     top_N: Tensor
 
     @property
-    def sound(self) -> Tensor:
+    def sound(self) -> npt.NDArray[np.bool_]:
         """False [N] where the logits held NaN or no finite maximum."""
-        return self.top_N.isfinite()
+        found: npt.NDArray[np.bool_] = np.isfinite(self.top_N.cpu().numpy())
+        return found
 
 
 def rules_of(rows: Rows, device: torch.device) -> Rules:

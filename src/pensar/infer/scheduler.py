@@ -6,6 +6,7 @@ when pages run out the least important row gives its own back and waits: its tex
 comes. Shape legend: R rows of a step, N tokens of all of them, S tokens whose logits are wanted.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,13 +35,17 @@ class Plan:
     wanted: Ints
     """[R]: of how many of the last of them logits are wanted."""
     plain: bool = False
-    """Every row adds one token of its text, and a token is drawn for each."""
+    """Every running row adds one token of its text, and a token is drawn for each."""
+
+    @classmethod
+    def usual(cls, num: int) -> "Plan":
+        """The plain one of `num` rows."""
+        one = np.ones(num, np.int64)
+        return cls(np.arange(num), one, np.zeros(num, np.int64), one, plain=True)
 
     def part(self, chosen: slice) -> "Plan":
         """Some of its rows."""
-        return Plan(
-            self.rows[chosen], self.counts[chosen], self.drafts[chosen], self.wanted[chosen], self.plain
-        )
+        return Plan(self.rows[chosen], self.counts[chosen], self.drafts[chosen], self.wanted[chosen])
 
 
 class Scheduler:
@@ -64,7 +69,11 @@ class Scheduler:
         """Whether other rows run than when the engine last looked."""
         self.adapters: dict[str, int] = {}
         """The runner's number of each adapter."""
+        self._plain = Plan.usual(0)
         self._reserved = 1
+        if runner.lazy_room:  # growing later would copy what is stored, a quarter of a second for 160 MB
+            with suppress(MemoryError):
+                self.reserve(pool.num_pages - 1)
         self._leaders: dict[bytes, str] = {}
         """By root key and prompt, the row that is computing it."""
         self._followers: dict[str, list[str]] = {}
@@ -119,8 +128,7 @@ class Scheduler:
 
     def plan(self, drafts: Ints | None = None) -> Plan:
         """The next step; empty when nothing runs. `drafts` [rows] stand behind the texts of rows that are complete."""
-        usual = self._usual() if drafts is None else None
-        if usual is not None:
+        if drafts is None and (usual := self._usual()) is not None:
             return usual
         while True:
             counts = self._counts(drafts)
@@ -175,7 +183,12 @@ class Scheduler:
     def computed(self, plan: Plan) -> None:
         """Notes that a step has been computed, drafts apart."""
         state, rows = self.rows.state, plan.rows
-        counts = plan.counts if plan.plain else plan.counts - plan.drafts
+        if plan.plain:
+            state = state[: len(rows)]
+            self.queue.charge(state["user"], np.where(state["computed"] < state["prompt"], 1, OUTPUT_WEIGHT))
+            state["computed"] += 1
+            return
+        counts = plan.counts - plan.drafts
         before = state["computed"][rows]
         state["computed"][rows] = before + counts
         in_prompt = np.maximum(np.minimum(state["prompt"][rows] - before, counts), 0)
@@ -238,9 +251,10 @@ class Scheduler:
         short = np.flatnonzero(total > state["num_pages"] * PAGE)
         if len(short) > self.pool.available:
             return None
-        one = np.ones(num, np.int64)
-        self._give_pages(short, one[: len(short)])
-        return Plan(np.arange(num), one, np.zeros(num, np.int64), one, plain=True)
+        if len(self._plain.rows) != num:
+            self._plain = Plan.usual(num)
+        self._give_pages(short, self._plain.counts[: len(short)])
+        return self._plain
 
     def _counts(self, drafts: Ints | None) -> Ints:
         """Tokens to compute of every row: single ones first, the rest of the step for chunks by importance."""
@@ -250,14 +264,18 @@ class Scheduler:
         counts = np.where(single, 1 if drafts is None else 1 + drafts, 0)
         if single.all():
             return counts
-        left = self.step_tokens - int(counts.sum())
+        left, scored = (
+            self.step_tokens - int(counts.sum()),
+            max(1, MAX_LOGITS // self.runner.config.vocab_size),
+        )
         longer = np.flatnonzero(pending > 1)
         for row in longer[np.lexsort((state["arrival"][longer], state["priority"][longer]))].tolist():
+            if left <= 0:
+                break
             cap = min(int(pending[row]), left)
             if state["every"][row]:
-                cap = min(cap, max(1, MAX_LOGITS // self.runner.config.vocab_size))
-            if cap <= 0:
-                break
+                cap = min(cap, scored)
+                scored -= cap
             counts[row] = cap
             left -= cap
         return counts
@@ -278,8 +296,9 @@ class Scheduler:
     def reserve(self, page: int) -> None:
         """Sees to it that the runner has room for a page."""
         if page >= self._reserved:
-            self._reserved = min(self.pool.num_pages, max(2 * self._reserved, page + 1))
-            self.runner.reserve(self._reserved)
+            num_pages = min(self.pool.num_pages, max(2 * self._reserved, page + 1))
+            self.runner.reserve(num_pages)
+            self._reserved = num_pages
 
     def _has_room(self, entry: Entry, leader: str | None) -> bool:
         """A slot, and pages for the text beyond those that running rows will still need for theirs."""

@@ -81,6 +81,8 @@ class Runner(Protocol):
     model: Qwen3
     """The module whose weights it computes with."""
     device: torch.device
+    lazy_room: bool
+    """Whether room takes memory only where it is written to, so that all there may ever be can be reserved at once."""
 
     def reserve(self, num_pages: int) -> None:
         """Makes room for so many pages; what is stored stays."""

@@ -72,6 +72,7 @@ class TensorParallelRunner:
     is asked for then raises RunError."""
 
     weigh = staticmethod(weigh)
+    lazy_room = False
 
     def __init__(self, rank: "_Rank") -> None:
         self._rank, self.config, self.device = rank, rank.shares.config, rank.runner.device

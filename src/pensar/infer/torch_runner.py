@@ -29,6 +29,7 @@ class TorchRunner:
     """
 
     weigh = staticmethod(weigh)
+    lazy_room = False
 
     def __init__(self, model: Qwen3) -> None:
         weight = model.model.embed_tokens.weight
@@ -55,7 +56,8 @@ class TorchRunner:
                     pools[layer] = pool
                 else:
                     pools.append(pool)
-        give_back()
+        if self.device.type == "cpu":
+            give_back()
 
     def run(self, batch: StepBatch) -> StepOutput:
         training = self.model.training
@@ -105,21 +107,25 @@ class TorchRunner:
         return module_bytes(self.model)
 
     def step_bytes(self, tokens: int, texts: int) -> int:
-        """Of the layer that is being computed: its MLP or, where that holds more, its attention with keys and values
-        that rows of one token gather, and their scores."""
+        """Of the layer that is being computed, at whichever point holds most."""
         config, size = self.config, int(self._dtype.itemsize)
-        hidden, keys = config.hidden_size, config.num_kv_heads * config.head_dim
-        # The stream, its normalised copy, queries, keys, values, and what attention gives.
-        attention = tokens * (2 * hidden + 2 * config.num_heads * config.head_dim + 2 * keys) * size
-        # Scores, and weights in float32 and in the type of the values where that is another.
+        hidden, heads = config.hidden_size, config.num_heads * config.head_dim
+        keys = config.num_kv_heads * config.head_dim
+        # The stream and its normalised copy; queries while they are rotated, or what attention takes and gives.
+        attention = tokens * (2 * hidden + max(4 * heads, heads + 4 * keys, 3 * heads + 2 * keys)) * size
+        # Of rows of one token: scores, and weights in float32 and in the type of the values where that is another.
         score = size + 4 + (size if size < 4 else 0)
-        gathered = texts * (2 * keys * size + config.num_heads * score)
-        width = config.intermediate_size
-        if config.num_experts:
-            width = config.moe_intermediate_size * config.experts_per_token
+        single = texts * (2 * keys * size + config.num_heads * score)
+        # Of a chunk: the text, and the mask as it is made and as the kernel wants it.
+        length = min(texts, config.max_positions)
+        chunk = length * (2 * keys * size + tokens * (1 + size))
         # The stream before and after attention, its normalised copy, silu of the gate, up, and their product.
-        mlp = tokens * (3 * hidden + 3 * width) * size
-        return max(attention + gathered, mlp)
+        mlp = 3 * hidden + 3 * config.intermediate_size
+        if config.num_experts:  # rows come and go once for each expert, beside gate, up, and their product
+            copies = config.experts_per_token
+            mlp = 3 * hidden + copies * (2 * hidden + 3 * config.moe_intermediate_size)
+        tables = tokens * (2 * config.head_dim * size + 16)
+        return tables + max(attention + max(single, chunk), tokens * mlp * size)
 
     def _run(self, batch: StepBatch) -> StepOutput:
         tokens, positions = (

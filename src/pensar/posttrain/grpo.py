@@ -150,12 +150,12 @@ def _step(
     values = _summary(rollouts, len(samples))
     scale = rate(config.schedule, step, config.steps)
     order = np.random.default_rng(seed_of(config.seed, "minibatches", step)).permutation(len(samples))
-    for part in np.array_split(order, config.minibatches):
-        if len(part):
-            rows = sorted((samples[i] for i in part), key=len)
-            with learning(model):
+    with learning(model):
+        for part in np.array_split(order, config.minibatches):
+            if len(part):
+                rows = sorted((samples[i] for i in part), key=len)
                 taken = train_step(model, optimizer, micro_batches(rows), scale, world, config.loss)
-            values |= taken | {key: values[key] for key in MISMATCH if key in values}
+                values |= taken | {key: values[key] for key in MISMATCH if key in values}
     values["tokens"] = float(sum(len(rollout.tokens) for rollout in rollouts))
     values["learned_tokens"] = float(sum(len(sample) for sample in samples))
     values["lr"] = scale * config.optimizer.adamw_lr

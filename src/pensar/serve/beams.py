@@ -60,7 +60,8 @@ def check_beams(asked: ChatRequest | CompletionRequest) -> bool:
         return False
     for name in CONTRARY:
         value = getattr(asked, name, None)
-        if value and value not in HARMLESS.get(name, ()):
+        scored = name == "logprobs" and type(value) is int  # 0 of the likeliest: those of its own tokens
+        if (value or scored) and value not in HARMLESS.get(name, ()):
             raise unsupported(name, f"{name} cannot be had with use_beam_search; leave out one of them.")
     if isinstance(asked, ChatRequest):
         kind = None if asked.response_format is None else asked.response_format.type

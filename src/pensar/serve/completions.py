@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from itertools import accumulate
+from typing import NamedTuple
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -38,6 +39,14 @@ MAX_SEQUENCES = 256
 """Prompts times `n`, or `best_of`, of one request."""
 
 
+class Echo(NamedTuple):
+    """A prompt that comes back before its continuation."""
+
+    text: str = ""
+    entries: Sequence[TokenLogprob] = ()
+    """Of its tokens, where they were scored; nothing comes before the first, whose own says nothing."""
+
+
 async def answer_completion(service: Service, request: HttpRequest) -> Response:
     """The response to a completion request; raises ApiError for one that cannot be served."""
     asked = read_request(await service.read(request), CompletionRequest)
@@ -46,7 +55,7 @@ async def answer_completion(service: Service, request: HttpRequest) -> Response:
     beams = check_beams(asked)
     prompts, requests = await asyncio.to_thread(_prepare, service, asked, name, adapter)
     each = len(requests) // len(prompts)
-    echoes = [service.tokenizer.decode(prompt) if asked.echo else "" for prompt in prompts]
+    echoes = [Echo(service.tokenizer.decode(prompt)) if asked.echo else Echo() for prompt in prompts]
 
     def reply_to(request: Request) -> Reply:
         return Reply(service.tokenizer, None, asked.stops, prompt=request.tokens)
@@ -55,13 +64,16 @@ async def answer_completion(service: Service, request: HttpRequest) -> Response:
         search = BeamAnswer(service, requests[::each], asked, name, reply_to)
         await complete(search, request.receive)
         return JsonResponse(_completion(service, asked, requests[0], search.replies, echoes, search.usage()))
-    answer = Answer(service, name, requests, [reply_to(each) for each in requests], len(prompts))
+    answer = Answer(service, name, requests, [reply_to(one) for one in requests], len(prompts))
     if asked.stream:
         echoes = [echo for echo in echoes for _ in range(each)]
         return EventStream(_events(service, asked, answer, echoes), answer.close, answer.abandon)
     await complete(answer, request.receive)
     groups = [answer.replies[start : start + each] for start in range(0, len(requests), each)]
     best = [_best(group, asked.n or 1) for group in groups]
+    if asked.echo and asked.logprobs is not None:
+        scored = await asyncio.to_thread(lambda: [group[0].scored_prompt() for group in groups])
+        echoes = [Echo(echo.text, entries) for echo, entries in zip(echoes, scored, strict=True)]
     return JsonResponse(_completion(service, asked, requests[0], best, echoes, answer.usage()))
 
 
@@ -77,7 +89,7 @@ def _completion(
     asked: CompletionRequest,
     request: Request,
     groups: Sequence[Sequence[Reply]],
-    echoes: Sequence[str],
+    echoes: Sequence[Echo],
     total: Usage,
 ) -> TextCompletion:
     """Prompt after prompt the replies to it."""
@@ -85,9 +97,9 @@ def _completion(
     choices = [
         TextChoice(
             index=index,
-            text=echo + reply.content,
+            text=echo.text + reply.content,
             finish_reason=reply.finish_reason,
-            logprobs=None if asked.logprobs is None else _logprobs(asked, reply, 0),
+            logprobs=None if asked.logprobs is None else _logprobs(asked, reply, 0, echo.entries),
         )
         for index, (echo, reply) in enumerate(pairs)
     ]
@@ -159,36 +171,39 @@ def _prepare(
     return prompts, requests
 
 
-def _logprobs(asked: CompletionRequest, reply: Reply, offset: int) -> TextLogprobs:
-    """The accounts' entries in this endpoint's shape; `offset` is the first token's place in the text."""
-    prompt = reply.accounts.prompt if asked.echo else []
+def _logprobs(
+    asked: CompletionRequest, reply: Reply, offset: int, prompt: Sequence[TokenLogprob] = ()
+) -> TextLogprobs:
+    """The entries in this endpoint's shape; `offset` is the first token's place in the text."""
     entries = [*prompt, *reply.accounts.logprobs]
     tokens = [entry.token for entry in entries]
     values: list[float | None] = [entry.logprob for entry in entries]
-    tops: list[dict[str, float] | None] = [_likely(entry) for entry in entries]
+    tops: list[dict[str, float] | None] = [_by_text(entry) for entry in entries] if asked.logprobs else []
     if prompt:
-        values[0] = tops[0] = None
+        values[0] = None
+        tops[:1] = [None] if tops else []
     return TextLogprobs(
         tokens=tokens,
         token_logprobs=values,
-        text_offset=list(accumulate(map(len, tokens[:-1]), initial=offset)),
+        text_offset=list(accumulate(map(len, tokens), initial=offset))[:-1],
         top_logprobs=tops if asked.logprobs else None,
     )
 
 
-def _likely(entry: TokenLogprob) -> dict[str, float]:
-    """By text, of tokens with the same text (halves of a character) the likeliest, and the one that stands there."""
+def _by_text(entry: TokenLogprob) -> dict[str, float]:
+    """The likeliest tokens; of those with the same text (parts of a character) the one that stands there, or else the
+    likeliest of them."""
     found: dict[str, float] = {}
     for top in entry.top_logprobs:
         found.setdefault(top.token, top.logprob)
-    return {entry.token: entry.logprob} | found
+    return found | {entry.token: entry.logprob}
 
 
 async def _events(
-    service: Service, asked: CompletionRequest, answer: Answer, echoes: list[str]
+    service: Service, asked: CompletionRequest, answer: Answer, echoes: list[Echo]
 ) -> AsyncGenerator[bytes]:
     identifier, created, model = answer.id, timestamp(), service.model_of(answer.requests[0])
-    offsets = [len(echo) for echo in echoes]
+    offsets = [len(echo.text) for echo in echoes]
 
     def chunk(choice: TextChoice) -> bytes:
         reply = answer.replies[choice.index]
@@ -199,8 +214,8 @@ async def _events(
         return event(TextCompletion(id=identifier, created=created, model=model, choices=[choice]))
 
     for index, echo in enumerate(echoes):
-        if echo:
-            yield chunk(TextChoice(index=index, text=echo))
+        if echo.text:
+            yield chunk(TextChoice(index=index, text=echo.text))
     async with aclosing(answer.deltas()) as arriving:
         async for arrived in arriving:
             if arrived is None:

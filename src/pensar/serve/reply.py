@@ -24,8 +24,6 @@ class Accounts(Tally):
     values: list[float] = field(default_factory=list)
     """The log-probabilities alone, of the whole reply."""
     forced: list[bool] = field(default_factory=list)
-    prompt: list[TokenLogprob] = field(default_factory=list)
-    """The entries of the prompt's tokens, where they were asked for; that of the first says nothing."""
 
 
 class Reply:
@@ -50,6 +48,7 @@ class Reply:
         self._stops = StopStrings(stops)
         self._tools = tools
         self.accounts = Accounts()
+        self._scored: Piece | None = None
         self.reasoning = ""
         self.content = ""
         self.tool_calls: list[ToolCall] = []
@@ -114,9 +113,16 @@ class Reply:
             self.accounts.forced += piece.forced
         self.accounts.logprobs += self._entries(piece.tokens, piece.logprobs, piece.top_logprobs)
         if piece.prompt_logprobs is not None:
-            self.accounts.prompt = self._entries(
-                self._prompt, piece.prompt_logprobs, piece.prompt_top_logprobs
-            )
+            self._scored = piece
+
+    def scored_prompt(self) -> list[TokenLogprob]:
+        """The entries of the prompt's tokens, where they were asked for; that of the first says nothing.
+
+        Of a long prompt they take a while to make: do it where no other reply has to wait.
+        """
+        if self._scored is None:
+            return []
+        return self._entries(self._prompt, self._scored.prompt_logprobs, self._scored.prompt_top_logprobs)
 
     def _entries(
         self,
@@ -126,10 +132,10 @@ class Reply:
     ) -> list[TokenLogprob]:
         entries = []
         for token, logprob, top in zip(tokens, logprobs or (), tops or [[]] * len(tokens), strict=False):
-            data = self._tokenizer.decode_bytes([token])
-            likely = [self._likely(*entry) for entry in top]
-            text = data.decode("utf-8", "replace")
-            entries.append(TokenLogprob(token=text, logprob=logprob, bytes=list(data), top_logprobs=likely))
+            own, likely = self._likely(token, logprob), [self._likely(*entry) for entry in top]
+            entries.append(
+                TokenLogprob(token=own.token, logprob=logprob, bytes=own.bytes, top_logprobs=likely)
+            )
         return entries
 
     def _likely(self, token: int, logprob: float) -> TopLogprob:

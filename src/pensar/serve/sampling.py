@@ -117,7 +117,10 @@ def chat_params(
 def completion_params(
     request: CompletionRequest, num_prompt_tokens: int, context: int, generation: Generation
 ) -> list[SamplingParams]:
-    """The same for /v1/completions, where the text is continued as it is; `best_of` sets if there are to be more."""
+    """The same for /v1/completions, where the text is continued as it is; `best_of` sets if there are to be more.
+
+    The first alone scores the prompt, where that is asked for.
+    """
     _check_common(request)
     room = _room(num_prompt_tokens, request.max_tokens or COMPLETION_MAX_TOKENS, context)
     grammar = _structured(request.structured_outputs)
@@ -128,10 +131,11 @@ def completion_params(
         stop_ids=generation.end_ids,
         logprobs=logprobs,
         top_logprobs=request.logprobs or 0,
-        prompt_logprobs=bool(request.echo) and request.logprobs is not None,
         grammar=grammar,
     )
-    return _params(request, RAW, shared, count)
+    first, *others = _params(request, RAW, shared, count)
+    scored = bool(request.echo) and request.logprobs is not None
+    return [msgspec.structs.replace(first, prompt_logprobs=scored), *others]
 
 
 def requests_of(

@@ -41,6 +41,7 @@ class CudaRunner:
     """The weights are the module's own: a trainer that changes them in place changes the runner's, float8 apart."""
 
     weigh = staticmethod(weigh)
+    lazy_room = False
 
     def __init__(
         self,

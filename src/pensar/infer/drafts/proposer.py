@@ -123,7 +123,7 @@ class Drawing:
         index_G = state["total"][numbers] - state["prompt"][numbers] + self.depth
         uniform = torch.from_numpy(uniforms(state["seed"][numbers], index_G)).to(logits_GV.device)
         draw = sample(logits_GV, self._rules_of(numbers, logits_GV.device), uniform)
-        ids, sound = draw.ids.cpu().numpy(), draw.sound.cpu().numpy()
+        ids, sound = draw.ids.cpu().numpy(), draw.sound
         self._guesses[self.going, self.depth] = ids
         self._num[self.going] += sound
         self.depth += 1

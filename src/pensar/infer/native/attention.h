@@ -164,12 +164,12 @@ static void attend_tile(const float* const* q, const int64_t* limits, const Page
     int64_t longest = 0, shortest = limits[0];
     for (int i = 0; i < Q; i++) {
         largest[i] = -INFINITY, total[i] = 0;
-        longest = limits[i] > longest ? limits[i] : longest;
-        shortest = limits[i] < shortest ? limits[i] : shortest;
+        longest = std::max(longest, limits[i]);
+        shortest = std::min(shortest, limits[i]);
     }
     for (int64_t begin = 0; begin < longest; begin += TOKENS) {
         alignas(64) float s[Q * TOKENS];
-        const int64_t tokens = longest - begin < TOKENS ? longest - begin : TOKENS, num = (tokens + PAGE - 1) / PAGE;
+        const int64_t tokens = std::min<int64_t>(longest - begin, TOKENS), num = (tokens + PAGE - 1) / PAGE;
         const int64_t first = begin / PAGE;
         for (int64_t page = 0; page < num; page += P)
             score_some<T, Q, P>(std::min<int64_t>(P, num - page), q, pages, first + page, h, s + page * PAGE);

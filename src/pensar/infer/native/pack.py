@@ -33,17 +33,22 @@ class Team:
         library().pensar_dismiss(self.handle)
 
 
+def aligned(num_bytes: int) -> Tensor:
+    """Bytes that begin at a cache line."""
+    return torch.empty(max(num_bytes, 64), dtype=torch.uint8)
+
+
 class Matrix:
     """One packed matrix, filled from weights [O, I] as often as they change, always in the same place."""
 
     def __init__(
-        self, kind: str, order: Order, outputs: int, inputs: int, take: Callable[[int], Tensor] | None = None
+        self, kind: str, order: Order, outputs: int, inputs: int, take: Callable[[int], Tensor] = aligned
     ) -> None:
-        """`take` gives memory that begins at a cache line; without it the matrix has some of its own."""
+        """`take` gives memory that begins at a cache line, by default some of the matrix's own."""
         panel = library().pensar_panel_bytes(KINDS[kind], inputs)
         panels = len(order) // library().pensar_columns()
         self.order = order
-        self.data = (take or aligned)(panels * panel)
+        self.data = take(panels * panel)
         self.struct = Linear(KINDS[kind], outputs, inputs, panels, self.data.data_ptr())
 
     def fill(self, weight_OI: Tensor, team: Team) -> None:
@@ -70,11 +75,6 @@ class Matrix:
         return out
 
 
-def aligned(num_bytes: int) -> Tensor:
-    """Bytes that begin at a cache line."""
-    return torch.empty(max(num_bytes, 64), dtype=torch.uint8)
-
-
 def zeros(num_bytes: int) -> Tensor:
     """Zero bytes that begin at a cache line and take memory only where they are written to."""
     room = np.zeros(num_bytes + 64, np.uint8)
@@ -83,7 +83,8 @@ def zeros(num_bytes: int) -> Tensor:
 
 
 class Room:
-    """Memory for many matrices, one behind the other in large pieces. A piece is freed when all within it are.
+    """Memory for many matrices, one behind the other in large pieces. A piece is freed when all within it are and
+    the next has been begun.
 
     The pieces come from numpy, which asks for the system's large pages (Linux, 4 MiB and more). A single row's product
     reads each weight once, and with pages of 4 KiB every 64th line waits for a page's address first.

@@ -45,6 +45,8 @@ FAULTS = {
 class NativeRunner:
     """Weights as they were when the runner was made or last loaded; the module may go on being trained meanwhile."""
 
+    lazy_room = True
+
     def __init__(
         self,
         model: Qwen3,
