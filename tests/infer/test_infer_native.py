@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pensar.base.errors import ModelError
+from pensar.infer import sampling
 from pensar.infer.adapters import read_adapter
 from pensar.infer.native import pack, threads, twins
 from pensar.infer.native.library import library
@@ -155,6 +156,26 @@ def test_a_draw_is_a_rows_own_at_any_number_of_threads_and_the_least_and_greates
         apart = alone.weigh(scores[row : row + 1], None, uniform[row : row + 1])
         assert all(torch.equal(a[0], b[row]) for a, b in zip(apart, together, strict=True))
     assert together[0].tolist()[:2] == [1, 698]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 15, 16, 63, 64, 65, 300, 2_048, 5_003])
+def test_the_likeliest_token_is_the_first_of_the_largest(vocabulary):
+    scores = torch.randint(
+        -3, 4, (50, vocabulary), generator=torch.Generator().manual_seed(vocabulary)
+    ).float()
+    scores[0] = -torch.inf
+    scores[1, -1] = 9
+    scores[2] = -7.5
+    for number in (1, 3):
+        ids, top, _ = NativeRunner(build(), threads=number).weigh(scores, None, None)
+        plain, most, _ = sampling.weigh(scores, None, None)
+        assert torch.equal(ids, torch.from_numpy(scores.numpy().argmax(1)))
+        assert torch.equal(ids, plain)
+        assert torch.equal(top, most)
+    scores[3, vocabulary // 2] = torch.nan
+    scores[4, -1] = torch.inf
+    _, top, _ = NativeRunner(build()).weigh(scores, None, None)
+    assert top.isfinite().tolist() == [False, True, True, False, False, *[True] * 45]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -143,10 +143,10 @@ class Commit:
         if len(source_M) != len(logits_SV) or not in_order:
             raw_MV = logits_SV[torch.from_numpy(source_M).to(logits_SV.device)]
         allowed_MV = self._constrained(rows_A, drafts_A, offset_A, raw_MV)
-        uniform = torch.from_numpy(uniforms(state["seed"][rows_M], index_M)).to(raw_MV.device)
-        draw = sample(
-            allowed_MV, self._rules_of(rows_M, raw_MV.device), uniform, self._scheduler.runner.weigh
-        )
+        rules, uniform = self._rules_of(rows_M, raw_MV.device), None
+        if not rules.all_greedy:
+            uniform = torch.from_numpy(uniforms(state["seed"][rows_M], index_M)).to(raw_MV.device)
+        draw = sample(allowed_MV, rules, uniform, self._scheduler.runner.weigh)
         ids_M, sound_M = draw.ids.cpu().numpy(), draw.sound
         scores = _Scores(raw_MV, draw.top_N if allowed_MV is raw_MV else None)
         rows, at = rows_A, offset_A

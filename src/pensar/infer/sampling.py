@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pensar.infer.request import Ints
 
-Weigh = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor, Tensor]]
+Weigh = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 Rows = npt.NDArray[np.void]
 """Running requests as a structured array; see pensar.infer.rows."""
 
@@ -125,10 +125,16 @@ def rules_of(rows: Rows, device: torch.device) -> Rules:
 
 
 def weigh(
-    logits_NV: Tensor, temperature_N1: Tensor | None, uniform_N: Tensor
+    logits_NV: Tensor, temperature_N1: Tensor | None, uniform_N: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row a draw from softmax(logits / temperature), the largest logit, and the sum of exp((logit - largest) /
-    temperature), each [N]; the last two are NaN or infinite where a logit is."""
+    temperature), each [N]; the last two are NaN or infinite where a logit is.
+
+    Without `uniform_N` the likeliest token, of equal ones the first, in place of a draw; the sum is then of no use.
+    """
+    if uniform_N is None:
+        top_N, ids_N = _largest(logits_NV)
+        return ids_N, top_N, top_N
     top_N1 = logits_NV.amax(-1, keepdim=True)
     scaled_NV = logits_NV - top_N1
     if temperature_N1 is not None:
@@ -137,11 +143,14 @@ def weigh(
     return ids_N, top_N1[:, 0], total_N
 
 
-def sample(logits_NV: Tensor, rules: Rules, uniform_N: Tensor, weigh: Weigh = weigh) -> Draw:
-    """One token per row; `uniform_N` as `uniforms` makes them. Rows without filters are drawn by `weigh`."""
+def sample(logits_NV: Tensor, rules: Rules, uniform_N: Tensor | None, weigh: Weigh = weigh) -> Draw:
+    """One token per row; `uniform_N` as `uniforms` makes them, None where no row is drawn for (`rules.all_greedy`).
+
+    Rows without filters are drawn by `weigh`.
+    """
     logits_NV = logits_NV.float()
-    if rules.all_greedy:
-        top_N, ids = _largest(logits_NV)
+    if rules.all_greedy or uniform_N is None:
+        ids, top_N, _ = weigh(logits_NV, None, None)
         return Draw(ids, top_N)
     total_N: Tensor | None = None
     if rules.needs_total:
@@ -152,7 +161,7 @@ def sample(logits_NV: Tensor, rules: Rules, uniform_N: Tensor, weigh: Weigh = we
     if rules.filtered is not None:
         ids[rules.filtered] = _draw_filtered(logits_NV, top_N[:, None], total_N, rules, uniform_N)
     if rules.greedy is not None:
-        ids = torch.where(rules.greedy, _largest(logits_NV)[1], ids)
+        ids = torch.where(rules.greedy, weigh(logits_NV, None, None)[0], ids)
     return Draw(ids, top_N)
 
 

@@ -115,7 +115,7 @@ class Runner(Protocol):
         ...
 
     def weigh(
-        self, logits_NV: Tensor, temperature_N1: Tensor | None, uniform_N: Tensor
+        self, logits_NV: Tensor, temperature_N1: Tensor | None, uniform_N: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Draws from unfiltered rows, as pensar.infer.sampling.weigh."""
         ...

@@ -126,11 +126,11 @@ class NativeRunner:
         self._struct.adapters = self._changes.places
 
     def weigh(
-        self, logits_NV: Tensor, temperature_N1: Tensor | None, uniform_N: Tensor
+        self, logits_NV: Tensor, temperature_N1: Tensor | None, uniform_N: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         num, vocabulary = logits_NV.shape
         # Names keep the copies alive that the library reads from.
-        logits_NV, uniform_N = logits_NV.contiguous(), uniform_N.contiguous()
+        logits_NV, uniform_N = logits_NV.contiguous(), None if uniform_N is None else uniform_N.contiguous()
         temperature_N1 = None if temperature_N1 is None else temperature_N1.contiguous()
         ids_N, top_N, total_N = torch.empty(num, dtype=torch.int64), torch.empty(num), torch.empty(num)
         self._library.pensar_weigh(
@@ -138,7 +138,7 @@ class NativeRunner:
             num,
             vocabulary,
             None if temperature_N1 is None else temperature_N1.data_ptr(),
-            uniform_N.data_ptr(),
+            None if uniform_N is None else uniform_N.data_ptr(),
             ids_N.data_ptr(),
             top_N.data_ptr(),
             total_N.data_ptr(),

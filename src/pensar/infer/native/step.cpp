@@ -402,15 +402,18 @@ int64_t pensar_read(const uint8_t* from, int64_t bytes) {
     return total;
 }
 
-// Of each row one draw, its largest score and the sum of its weights; `temperature` may be null for 1.
+// Of each row one draw, its largest score and the sum of its weights; `temperature` may be null for 1, and `uniform` for
+// the likeliest token in place of a draw.
 void pensar_weigh(
     const float* x, int64_t rows, int64_t vocabulary, const float* temperature, const float* uniform, int64_t* ids,
     float* top, float* total, Team* team
 ) {
     team->run([&] {
         team->each(rows, [&](int64_t i) {
+            const float* row = x + i * vocabulary;
+            const float degree = temperature == nullptr ? 1.0f : temperature[i];
             const Weighed drawn =
-                weigh(x + i * vocabulary, vocabulary, temperature == nullptr ? 1.0f : temperature[i], uniform[i]);
+                uniform == nullptr ? largest(row, vocabulary) : weigh(row, vocabulary, degree, uniform[i]);
             ids[i] = drawn.id, top[i] = drawn.top, total[i] = drawn.total;
         });
     });

@@ -27,6 +27,29 @@ INLINE Vf weights_at(const float* x, int64_t first, int64_t vocabulary, float to
     return exp((scores_at(x, first, vocabulary) - top) * inverse);
 }
 
+// The largest score and the first token that has it.
+static Weighed largest(const float* x, int64_t vocabulary) {
+    Vf highest[SIDE];
+    Vi odd[SIDE] = {};
+    for (int v = 0; v < SIDE; v++) highest[v] = splat(-INFINITY);
+    for (int64_t i = 0; i < vocabulary; i += SIDE * L)
+        UNROLL for (int v = 0; v < SIDE; v++) {
+            const Vf scores = scores_at(x, i + v * L, vocabulary);
+            highest[v] = max(highest[v], scores);
+            odd[v] |= (Vi)(scores != scores);
+        }
+    const float top = max(max(max(highest[0], highest[1]), max(highest[2], highest[3])));
+    const Vi all = (odd[0] | odd[1]) | (odd[2] | odd[3]);
+    for (int i = 0; i < L; i++)
+        if (all[i]) return {0, NAN, NAN};
+    for (int64_t i = 0; i < vocabulary; i += L) {
+        const Vi same = (Vi)(scores_at(x, i, vocabulary) == splat(top));
+        for (int j = 0; j < L; j++)
+            if (same[j]) return {i + j, top, 1};
+    }
+    return {0, top, 1};
+}
+
 static Weighed weigh(const float* x, int64_t vocabulary, float temperature, float uniform) {
     thread_local std::vector<double> sums;
     const int64_t blocks = (vocabulary + SPAN - 1) / SPAN;
