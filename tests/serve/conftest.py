@@ -1,5 +1,6 @@
 """A model that has learnt five conversations by heart, one that never stops, and servers for both."""
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pensar.infer.engine import Engine
+from pensar.infer.engine import Engine, Piece
 from pensar.model.attention import Packed
 from pensar.model.config import ModelConfig
 from pensar.model.qwen3 import Qwen3, initialize
@@ -145,7 +146,15 @@ def client(server: ServerThread) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 def endless_engine(tokenizer: Tokenizer, shape: ModelConfig) -> Engine:
-    """Two slots of a random model that repeats itself up to the limit of tokens."""
+    """Two slots of a random model that repeats itself up to the limit, slowly enough for clients to act first."""
     model = Qwen3(shape)
     initialize(model, seed=2)
-    return Engine(model.eval(), tokenizer, slots=2)
+    engine = Engine(model.eval(), tokenizer, slots=2)
+    step = engine.step
+
+    def slow() -> list[Piece]:
+        time.sleep(0.004)
+        return step()
+
+    engine.step = slow  # type: ignore[method-assign]
+    return engine
