@@ -1,5 +1,6 @@
 """The engine behind the server: clients that leave, full queues, failures, draining."""
 
+import asyncio
 import json
 import socket
 import time
@@ -14,10 +15,11 @@ import openai
 import pytest
 
 from pensar.base.errors import RunError
-from pensar.infer.engine import Engine
+from pensar.infer.engine import Engine, Piece
 from pensar.serve.app import make_service
 from pensar.serve.server import ServerThread
 from pensar.serve.service import ServeConfig, Service
+from pensar.serve.worker import Job
 from pensar.text.tokenizer import Tokenizer
 
 LONG = {"prompt": "Two", "max_tokens": 2000, "temperature": 0}
@@ -85,6 +87,27 @@ def test_a_client_that_leaves_frees_its_slot(endless: Service, url: str, stream:
     assert endless.metrics.completion_tokens.value() < 2 * 2000
     with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
         assert client.completions.create(model="endless", prompt="Two", max_tokens=2).choices
+
+
+@pytest.mark.parametrize("turns", range(5))
+def test_leaving_is_not_lost_where_mail_comes_at_the_same_moment(endless: Service, turns: int) -> None:
+    piece = Piece(id="a", tokens=[1], logprobs=None, forced=[False], finish_reason=None, reasoning_tokens=0)
+
+    async def leave() -> bool:
+        job = Job(endless.worker, ["a"], asyncio.get_running_loop())
+        reading = asyncio.ensure_future(job.next(PATIENCE_SECONDS))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        job._receive([("a", piece)])
+        for _ in range(turns):  # of the event loop
+            await asyncio.sleep(0)
+        if not reading.cancel():
+            return bool(reading.result())
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        return True
+
+    assert asyncio.run(leave())
 
 
 def test_a_full_queue_is_429_with_the_time_to_wait(endless: Service, url: str) -> None:

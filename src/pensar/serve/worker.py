@@ -67,7 +67,9 @@ class Job:
         if not self._mailbox:
             self._filled.clear()
             try:
-                await asyncio.wait_for(self._filled.wait(), timeout_seconds)
+                # Not wait_for, which before Python 3.12 loses a cancellation that comes together with mail.
+                async with asyncio.timeout(timeout_seconds):
+                    await self._filled.wait()
             except TimeoutError:
                 return []
         parts: list[Part] = []
