@@ -264,10 +264,8 @@ class Scheduler:
         counts = np.where(single, 1 if drafts is None else 1 + drafts, 0)
         if single.all():
             return counts
-        left, scored = (
-            self.step_tokens - int(counts.sum()),
-            max(1, MAX_LOGITS // self.runner.config.vocab_size),
-        )
+        left = self.step_tokens - int(counts.sum())
+        scored = max(1, MAX_LOGITS // self.runner.config.vocab_size)
         longer = np.flatnonzero(pending > 1)
         for row in longer[np.lexsort((state["arrival"][longer], state["priority"][longer]))].tolist():
             if left <= 0:

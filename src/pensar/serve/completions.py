@@ -178,10 +178,9 @@ def _logprobs(
     entries = [*prompt, *reply.accounts.logprobs]
     tokens = [entry.token for entry in entries]
     values: list[float | None] = [entry.logprob for entry in entries]
-    tops: list[dict[str, float] | None] = [_by_text(entry) for entry in entries] if asked.logprobs else []
+    tops: list[dict[str, float] | None] = [_by_text(entry) for entry in entries]
     if prompt:
-        values[0] = None
-        tops[:1] = [None] if tops else []
+        values[0] = tops[0] = None
     return TextLogprobs(
         tokens=tokens,
         token_logprobs=values,
