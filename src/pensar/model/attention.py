@@ -106,8 +106,8 @@ def _by_blocks(q_BTHh: Tensor, v_BTKh: Tensor) -> bool:
     beyond these bounds."""
     return (
         q_BTHh.device.type == "cpu"
-        and q_BTHh.dtype == v_BTKh.dtype
         and q_BTHh.dtype in (torch.float32, torch.float64)
+        and v_BTKh.dtype in (q_BTHh.dtype, torch.bfloat16)
         and torch.is_grad_enabled()
         and q_BTHh.requires_grad
         and q_BTHh.shape[-1] >= 64

@@ -20,18 +20,20 @@ BLOCK = 64
 def causal_attention(q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor) -> Tensor:
     """Softmax attention [B, T, H, h] of each query over the keys up to its own, scores scaled by 1 / sqrt(h).
 
-    Nothing but inputs and output is kept for the backward pass; a block takes [B K, b G, T] meanwhile.
+    Scores and their softmax are in the type of queries and keys, all other products and the output in that of the
+    values, which may be narrower. Nothing but inputs and output is kept for the backward pass; a block takes
+    [B K, b G, T] meanwhile.
     """
     q_, k_, v_ = _by_group(q_BTHh, k_BTKh), _by_head(k_BTKh), _by_head(v_BTKh)
-    out_ = torch.empty_like(q_)
+    out_ = torch.empty_like(q_, dtype=v_.dtype)
     for rows, seen, p in _blocks(q_, k_):
-        torch.bmm(p, v_[:, :seen], out=out_[:, rows])
+        torch.bmm(p.to(v_.dtype), v_[:, :seen], out=out_[:, rows])
     return _back(out_, q_BTHh.shape)
 
 
 @causal_attention.register_fake
 def _(q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor) -> Tensor:
-    return q_BTHh.new_empty(q_BTHh.shape)
+    return v_BTKh.new_empty(q_BTHh.shape)
 
 
 @torch.library.custom_op("pensar::causal_attention_backward", mutates_args=(), device_types="cpu")
@@ -41,17 +43,19 @@ def causal_attention_backward(
     """Gradients of queries, keys and values; the probabilities are computed again."""
     q_, k_, v_ = _by_group(q_BTHh, k_BTKh), _by_head(k_BTKh), _by_head(v_BTKh)
     grad_, scale = _by_group(grad_BTHh, k_BTKh), q_BTHh.shape[-1] ** -0.5
-    delta_ = _by_group((grad_BTHh * out_BTHh).sum(-1, keepdim=True), k_BTKh)
-    dq_, dk_, dv_ = torch.empty_like(q_), torch.zeros_like(k_), torch.zeros_like(v_)
+    delta_ = _by_group((grad_BTHh * out_BTHh).sum(-1, keepdim=True, dtype=q_.dtype), k_BTKh)
+    dq_, dk_, dv_ = torch.empty_like(q_, dtype=v_.dtype), torch.zeros_like(k_), torch.zeros_like(v_, dtype=k_.dtype)
     memory = _memory(q_, k_)
+    narrow_q_, narrow_k_ = q_.to(v_.dtype), k_.to(v_.dtype)
     for rows, seen, p in _blocks(q_, k_):
-        dv_[:, :seen].baddbmm_(p.mT, grad_[:, rows])
-        ds = torch.bmm(grad_[:, rows], v_[:, :seen].mT, out=memory[: p.numel()].view_as(p))
-        ds.sub_(delta_[:, rows]).mul_(p)
+        _add_product(dv_[:, :seen], p.to(v_.dtype).mT, grad_[:, rows])
+        ds = _product(grad_[:, rows], v_[:, :seen].mT, memory[: p.numel()].view_as(p))
+        ds = ds.sub_(delta_[:, rows]).mul_(p).to(v_.dtype)
         dq = dq_[:, rows]
-        torch.baddbmm(dq, ds, k_[:, :seen], beta=0, alpha=scale, out=dq)
-        dk_[:, :seen].baddbmm_(ds.mT, q_[:, rows], alpha=scale)
-    return _back(dq_, q_BTHh.shape), _back(dk_, k_BTKh.shape), _back(dv_, v_BTKh.shape)
+        torch.baddbmm(dq, ds, narrow_k_[:, :seen], beta=0, alpha=scale, out=dq)
+        _add_product(dk_[:, :seen], ds.mT, narrow_q_[:, rows], scale)
+    dq, dk, dv = _back(dq_, q_BTHh.shape), _back(dk_, k_BTKh.shape), _back(dv_, v_BTKh.shape)
+    return dq.to(q_.dtype), dk, dv.to(v_.dtype)
 
 
 @causal_attention_backward.register_fake
@@ -86,6 +90,19 @@ def _blocks(q_: Tensor, k_: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
         torch.baddbmm(p, q_[:, rows], k_[:, :seen].mT, beta=0, alpha=scale, out=p)
         p[:, :, start:] += future[: width * group, :width]
         yield rows, seen, torch.softmax(p, -1, out=p)
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """left right into `out`, which may be of a wider type."""
+    return torch.bmm(left, right, out=out) if out.dtype == left.dtype else out.copy_(torch.bmm(left, right))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """total += scale left right, summed in the type of `total`, which may be wider."""
+    if total.dtype == left.dtype:
+        total.baddbmm_(left, right, alpha=scale)
+    else:
+        total.add_(torch.bmm(left, right), alpha=scale)
 
 
 def _memory(q_: Tensor, k_: Tensor) -> Tensor:

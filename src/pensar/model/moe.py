@@ -46,6 +46,8 @@ class Experts(nn.Module):
     def routed(self, x_ND: Tensor, weights_Nk: Tensor, order_M: Tensor, counts_E: Tensor) -> Tensor:
         """Each token's sum of its experts' SwiGLU times their weights, by one operator for training on a CPU."""
         weights = self.gate_up_proj, self.down_proj
+        if torch.is_autocast_enabled("cpu"):
+            x_ND = x_ND.to(torch.get_autocast_dtype("cpu"))
         out_ND: Tensor = routed_swiglu(x_ND, weights_Nk, order_M, counts_E, *weights)[0]
         return out_ND
 
@@ -90,7 +92,7 @@ class SparseMLP(nn.Module):
             rows_MD = rows_MD * weights_Nk.flatten().gather(0, order_M)[:, None].to(x.dtype)
             return returned(rows_MD, order_M, self.k).view_as(x)
         if self._in_one(x_ND):
-            return self.experts.routed(x_ND, weights_Nk.to(x.dtype), order_M, counts_E).view_as(x)
+            return self.experts.routed(x_ND, weights_Nk.to(x.dtype), order_M, counts_E).view(x.shape)
         token_M = order_M // self.k
         out_MD = self.experts(x_ND[token_M], counts_E) * weights_Nk.flatten()[order_M, None].to(x.dtype)
         return torch.zeros_like(x_ND).index_add(0, token_M, out_MD).view_as(x)
@@ -109,7 +111,6 @@ class SparseMLP(nn.Module):
             and torch.is_grad_enabled()
             and experts.gate_up_proj.requires_grad
             and experts.down_proj.requires_grad
-            and not torch.is_autocast_enabled("cpu")
             and len(x_ND) * self.k >= ROWS_OF_ONE_OPERATOR * self.num_experts
         )
 

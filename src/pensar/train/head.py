@@ -85,23 +85,22 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, states_ND: Tensor, head_VD: Tensor, loss_of: LossOfLogits, chunk: int, learns: bool
     ) -> tuple[Tensor, Tensor]:
-        gradients = _Gradients(states_ND, head_VD) if learns else None
-        scores = _Scores(head_VD, min(chunk, len(states_ND)))
+        chunks = _Chunks(states_ND, head_VD, min(chunk, len(states_ND)))
         total: Tensor | None = None
         counted: Tensor | None = None
         for start in range(0, len(states_ND), chunk):
             stop = min(start + chunk, len(states_ND))
-            logits_CV = scores.of(states_ND[start:stop])
+            logits_CV = chunks.logits(start, stop)
             with torch.set_grad_enabled(learns):
                 loss, sums = loss_of(logits_CV.requires_grad_(learns), start, stop)
-            if gradients is not None:
-                gradients.add(torch.autograd.grad(loss, logits_CV)[0], start, stop)
+            if learns:
+                chunks.learn(torch.autograd.grad(loss, logits_CV)[0], start, stop)
             total = loss.detach() if total is None else total + loss.detach()
             counted = sums if counted is None else counted + sums
         assert total is not None
         assert counted is not None
-        if gradients is not None:
-            ctx.save_for_backward(*gradients.whole())
+        if learns:
+            ctx.save_for_backward(*chunks.gradients())
         ctx.mark_non_differentiable(counted)
         return total, counted
 
@@ -114,50 +113,65 @@ class _HeadLoss(torch.autograd.Function):
         return *(gradient * grad if needed else None for gradient, needed in wanted), None, None, None
 
 
-class _Scores:
-    """Logits of chunk after chunk, in the memory of the first where that is as good as memory of their own."""
+class _Chunks:
+    """Logits of chunk after chunk, and from theirs the gradients of states and head, the head's summed at least in
+    float32.
 
-    def __init__(self, head_VD: Tensor, chunk: int) -> None:
-        self._head, self._chunk = head_VD, chunk
-        self._memory: Tensor | None = None
+    On a CPU, or where nothing is cast, all chunks are computed in the memory of the first. A CPU that casts does so
+    with states and head once and not in every chunk, and gives logits in float32 for the softmax.
+    """
 
-    def of(self, states_CD: Tensor) -> Tensor:
-        if states_CD.dtype != self._head.dtype or _autocast(states_CD):
-            return nn.functional.linear(states_CD, self._head)
-        if self._memory is None:
-            self._memory = states_CD.new_empty(self._chunk, len(self._head))
-        return torch.mm(states_CD, self._head.mT, out=self._memory[: len(states_CD)].detach())
+    def __init__(self, states_ND: Tensor, head_VD: Tensor, chunk: int) -> None:
+        self._wanted_head, self._head_type = head_VD.requires_grad, head_VD.dtype
+        self._states_grad_ND = torch.empty_like(states_ND)
+        self._head_grad_VD: Tensor | None = None
+        cast = _autocast(states_ND)
+        self._shared = states_ND.dtype == head_VD.dtype and (not cast or states_ND.device.type == "cpu")
+        if self._shared:
+            self._logits_CV = states_ND.new_empty(chunk, len(head_VD))
+            if cast:
+                narrow = torch.get_autocast_dtype("cpu")
+                states_ND, head_VD = states_ND.to(narrow), head_VD.to(narrow)
+            same = states_ND.dtype == self._logits_CV.dtype
+            self._product_CV = self._logits_CV if same else states_ND.new_empty(self._logits_CV.shape)
+        self._states_ND, self._head_VD = states_ND, head_VD
 
-
-class _Gradients:
-    """Of states and head, filled chunk by chunk; the head's is summed at least in float32."""
-
-    def __init__(self, states_ND: Tensor, head_VD: Tensor) -> None:
-        self._states, self._head = states_ND, head_VD
-        self._states_ND = torch.empty_like(states_ND)
-        self._head_VD: Tensor | None = None
-
-    def whole(self) -> tuple[Tensor, Tensor | None]:
-        """Both in the types of what they are gradients of; None for that of a head that does not learn."""
-        return self._states_ND, None if self._head_VD is None else self._head_VD.to(self._head.dtype)
-
-    def add(self, logits_CV: Tensor, start: int, stop: int) -> None:
+    def logits(self, start: int, stop: int) -> Tensor:
         states_CD = self._states_ND[start:stop]
-        plain = logits_CV.dtype == states_CD.dtype == self._head.dtype and not _autocast(logits_CV)
+        if not self._shared:
+            return nn.functional.linear(states_CD, self._head_VD)
+        product_CV = self._product_CV[: stop - start].detach()
+        return _copied(torch.mm(states_CD, self._head_VD.mT, out=product_CV), self._logits_CV)
+
+    def learn(self, grad_CV: Tensor, start: int, stop: int) -> None:
+        """`grad_CV` is the gradient of the logits of this chunk."""
+        if self._shared:
+            grad_CV = _copied(grad_CV, self._product_CV)
+        states_CD, out_CD = self._states_ND[start:stop], self._states_grad_ND[start:stop]
+        plain = self._shared and out_CD.dtype == states_CD.dtype
         if plain:
-            torch.mm(logits_CV, self._head, out=states_CD)
+            torch.mm(grad_CV, self._head_VD, out=out_CD)
         else:
-            states_CD.copy_(logits_CV @ self._head)
-        if not self._head.requires_grad:
+            out_CD.copy_(grad_CV @ self._head_VD)
+        if not self._wanted_head:
             return
-        states_CD = self._states[start:stop]
-        if self._head_VD is None:
-            wide = torch.promote_types(self._head.dtype, torch.float32)
-            self._head_VD = (logits_CV.mT @ states_CD).to(wide)
-        elif plain and self._head_VD.dtype == self._head.dtype:
-            self._head_VD.addmm_(logits_CV.mT, states_CD)
+        if self._head_grad_VD is None:
+            wide = torch.promote_types(self._head_type, torch.float32)
+            self._head_grad_VD = (grad_CV.mT @ states_CD).to(wide)
+        elif plain and self._head_grad_VD.dtype == states_CD.dtype:
+            self._head_grad_VD.addmm_(grad_CV.mT, states_CD)
         else:
-            self._head_VD += logits_CV.mT @ states_CD
+            self._head_grad_VD += grad_CV.mT @ states_CD
+
+    def gradients(self) -> tuple[Tensor, Tensor | None]:
+        """Of states and head in their types; None for that of a head that does not learn."""
+        head_VD = self._head_grad_VD
+        return self._states_grad_ND, None if head_VD is None else head_VD.to(self._head_type)
+
+
+def _copied(x: Tensor, memory: Tensor) -> Tensor:
+    """`x` in the type and the memory of another; itself where that is its own type."""
+    return x if x.dtype == memory.dtype else memory[: len(x)].detach().copy_(x)
 
 
 def _autocast(x: Tensor) -> bool:
