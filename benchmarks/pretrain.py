@@ -13,11 +13,11 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,92 +64,113 @@ def main() -> None:
             print(json.dumps(found), flush=True)
 
 
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
+WITHIN: Mapping[str, Callable[[], AbstractContextManager[Any]]] = {
+    FLOAT32: nullcontext,
+    BFLOAT16: partial(torch.autocast, "cpu", torch.bfloat16),
+}
+Start = Callable[[ExitStack], Callable[[], float]]
+
+
+class Match(NamedTuple):
+    """Ours against a peer, each in the faster of the given types of products."""
+
+    metric: str
+    peer: str
+    types: Sequence[str]
+    target: float | None = None
+
+
 def dense(quick: bool) -> Iterator[Line]:
-    contenders = {"ours": partial(_ours, DENSE)}
-    if peer_is_here():
-        contenders["peer"] = partial(_theirs, DENSE, compiling=True)
     yield from _speeds(
-        DENSE, contenders, {"peer": ("dense_vs_transformers", "compiled, fused AdamW", 1.15)}, quick
+        DENSE, {"compiled": True}, [Match("dense_vs_transformers", "compiled", [FLOAT32], 1.15)], quick
     )
 
 
 def moe(quick: bool) -> Iterator[Line]:
-    """The peer without its balance loss, ours with it."""
-    contenders: dict[str, Callable[..., Any]] = {"ours": partial(_ours, SPARSE)}
-    if peer_is_here():
-        contenders["eager"] = partial(_theirs, SPARSE, compiling=False, experts="eager")
-        contenders["grouped"] = partial(_theirs, SPARSE, compiling=True, experts="grouped_mm")
-    named = {
-        "eager": ("moe_vs_transformers_eager", "experts one by one, fused AdamW", 2.4),
-        "grouped": ("moe_vs_transformers_grouped", "grouped_mm, compiled, fused AdamW", 1.05),
-    }
-    yield from _speeds(SPARSE, contenders, named, quick)
+    """The peer without its balance loss, ours with it; in the types that a training stage might choose here."""
+    found = types()
+    matches = [
+        Match("moe_vs_transformers_eager", "experts one by one", found, 2.4),
+        Match("moe_vs_transformers_grouped", "grouped_mm, compiled", found, 1.05),
+    ]
+    if len(found) > 1:
+        matches += [
+            Match(f"{match.metric}_{name}", match.peer, [name]) for match in matches for name in found
+        ]
+    yield from _speeds(SPARSE, {"experts one by one": False, "grouped_mm, compiled": True}, matches, quick)
 
 
 def bfloat16(quick: bool) -> Iterator[Line]:
-    """The dense model with products in bfloat16 on both sides, where the probe of a training stage would take them."""
-    if bfloat16_gain() < WORTH:
-        return
-    within = partial(torch.autocast, "cpu", torch.bfloat16)
-    contenders = {"ours": partial(_ours, DENSE, within=within)}
-    if peer_is_here():
-        contenders["peer"] = partial(_theirs, DENSE, compiling=True, within=within)
-    named = {"peer": ("dense_vs_transformers_bfloat16", "compiled, autocast, fused AdamW", None)}
-    yield from _speeds(DENSE, contenders, named, quick, torch.bfloat16)
+    """The dense model with products in bfloat16 on both sides, where a training stage would take them."""
+    if BFLOAT16 in types():
+        matches = [Match("dense_vs_transformers_bfloat16", "compiled", [BFLOAT16])]
+        yield from _speeds(DENSE, {"compiled": True}, matches, quick)
 
 
-def _ours(
-    config: ModelConfig,
-    stack: ExitStack,
-    *,
-    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Callable[[], float]:
-    return our_step(started(config), random_tokens(config), stack, within=within)
+def types() -> list[str]:
+    """float32, and bfloat16 where the probe of a training stage finds it worth while."""
+    return [FLOAT32, BFLOAT16] if bfloat16_gain() >= WORTH else [FLOAT32]
 
 
-def _theirs(
-    config: ModelConfig,
-    stack: ExitStack,
-    *,
-    compiling: bool,
-    experts: str = "",
-    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Callable[[], float]:
-    more = {"experts_implementation": experts} if experts else {}
-    model = peer_model(config, **more)
-    return peer_step(model, random_tokens(config), compiling=compiling, within=within)
+def _ours(config: ModelConfig, stack: ExitStack, *, precision: str) -> Callable[[], float]:
+    return our_step(started(config), random_tokens(config), stack, within=WITHIN[precision])
+
+
+def _theirs(config: ModelConfig, stack: ExitStack, *, compiling: bool, precision: str) -> Callable[[], float]:
+    experts = "grouped_mm" if compiling else "eager"
+    model = peer_model(config, **({"experts_implementation": experts} if config.num_experts else {}))
+    return peer_step(model, random_tokens(config), compiling=compiling, within=WITHIN[precision])
 
 
 def _speeds(
-    config: ModelConfig,
-    contenders: Mapping[str, Callable[[ExitStack], Callable[[], float]]],
-    named: Mapping[str, tuple[str, str, float | None]],
-    quick: bool,
-    dtype: torch.dtype = torch.float32,
+    config: ModelConfig, peers: Mapping[str, bool], matches: Sequence[Match], quick: bool
 ) -> Iterator[Line]:
-    """A line for each peer of `named`: peer -> metric, what it is, target of the ratio."""
-    with ExitStack() as stack:
-        running = {name: stack.enter_context(apart(start)) for name, start in contenders.items()}
-        multiply, operations = products(dtype=dtype)
-        seconds = interleaved(running | {"products": timed(multiply)}, rounds=3 if quick else 15)
-    limit = operations / statistics.median(seconds["products"]) / flops_per_token(config, CONTEXT)
-    speed = {
-        name: ROWS * CONTEXT / statistics.median(spent)
-        for name, spent in seconds.items()
-        if name != "products"
+    """A line for each match. `peers` says which are compiled."""
+    precisions = sorted({name for match in matches for name in match.types})
+    contenders: dict[tuple[str, str], Start] = {
+        ("ours", name): partial(_ours, config, precision=name) for name in precisions
     }
-    for peer, (metric, kind, target) in named.items():
+    if peer_is_here():
+        contenders |= {
+            (peer, name): partial(_theirs, config, compiling=compiling, precision=name)
+            for peer, compiling in peers.items()
+            for name in precisions
+        }
+    with ExitStack() as stack:
+        running = {key: stack.enter_context(apart(start)) for key, start in contenders.items()}
+        limits = {name: products(dtype=getattr(torch, name)) for name in precisions}
+        running |= {("products", name): timed(multiply) for name, (multiply, _) in limits.items()}
+        seconds = interleaved(running, rounds=3 if quick else 15)
+    median = {key: statistics.median(spent) for key, spent in seconds.items()}
+
+    def faster(who: str, match: Match) -> tuple[str, str]:
+        return min(((who, name) for name in match.types), key=lambda key: median.get(key, 0.0))
+
+    def speed(key: tuple[str, str]) -> float | None:
+        return ROWS * CONTEXT / median[key] if key in median else None
+
+    for match in matches:
+        ours, peer = faster("ours", match), faster(match.peer, match)
         known = peer in seconds
+        operations = limits[ours[1]][1]
+        mine = speed(ours)
+        assert mine is not None
         yield line(
-            metric,
-            speed["ours"],
-            speed.get(peer),
-            peer_name(kind),
+            match.metric,
+            mine,
+            speed(peer),
+            peer_name(match.peer, "fused AdamW"),
             SPEED,
-            ratio=paired(seconds["ours"], seconds[peer]) if known else None,
-            target=target if known else None,
-            limit=limit,
-            best={name: round(ROWS * CONTEXT / min(seconds[name])) for name in speed},
+            ratio=paired(seconds[ours], seconds[peer]) if known else None,
+            target=match.target if known else None,
+            limit=operations / median["products", ours[1]] / flops_per_token(config, CONTEXT),
+            types={"ours": ours[1]} | ({"peer": peer[1]} if known else {}),
+            medians={
+                " in ".join(key): round(ROWS * CONTEXT / spent)
+                for key, spent in median.items()
+                if key[0] in ("ours", match.peer) and key[1] in match.types
+            },
         )
 
 
@@ -190,6 +211,34 @@ def muon(quick: bool) -> Iterator[Line]:
     ) | {"target": 0.3, "reached": best - ours >= 0.3}
 
 
+def precision(quick: bool) -> Iterator[Line]:
+    """What products in bfloat16 cost in what is learned, where a training stage would take them."""
+    if BFLOAT16 not in types():
+        return
+    tokens, windows, seeds = (40_960, 32, 1) if quick else (409_600, 256, 3)
+    for kind, config in {"dense": pretrain_learning.WIDE, "moe": pretrain_learning.WIDE_SPARSE}.items():
+        bits = {
+            name: [
+                pretrain_learning.learned(
+                    pretrain_learning.MUON, tokens, windows, config=config, seed=seed, within=WITHIN[name]
+                )
+                for seed in range(seeds)
+            ]
+            for name in (BFLOAT16, FLOAT32)
+        }
+        ours, other = (statistics.mean(bits[name]) for name in (BFLOAT16, FLOAT32))
+        yield line(
+            f"bfloat16_learning_{kind}",
+            ours,
+            other,
+            "the same in float32",
+            f"bits per byte, mean of {seeds} seeds",
+            tokens=tokens,
+            difference=round(ours - other, 4),
+            seeds={name: [round(value, 4) for value in values] for name, values in bits.items()},
+        ) | {"target": 0.01, "reached": ours - other <= 0.01}
+
+
 def balance(quick: bool) -> Iterator[Line]:
     errors = pretrain_balance.errors()
     for peer in ("micro-batch", "running average"):
@@ -213,6 +262,7 @@ METRICS: Mapping[str, Callable[[bool], Iterator[Line]]] = {
     "bfloat16": bfloat16,
     "memory": memory,
     "muon": muon,
+    "precision": precision,
     "loading": loading,
     "parity": pretrain_parity.lines,
     "balance": balance,

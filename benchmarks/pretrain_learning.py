@@ -1,20 +1,22 @@
-"""What is learned: bits per byte with Muon and with AdamW on the same bytes.
+"""What is learned: bits per byte with Muon and with AdamW, in float32 and in bfloat16, on the same bytes.
 
 The text is what every Python brings: its library's sources and its reference manual in English, as bytes.
 """
 
 import math
 import sysconfig
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from benchmarks.pretrain_steps import TokensOf, batch_of, our_step, started
-from pensar.model.config import ModelConfig
+from pensar.model.config import ModelConfig, replace
 from pensar.model.qwen3 import Qwen3
 from pensar.train.loss import LossConfig, batch_loss
 from pensar.train.optimizer import OptimizerConfig
@@ -30,6 +32,9 @@ TEXT = ModelConfig(
     intermediate_size=384,
     tied=True,
 )
+WIDE = replace(TEXT, hidden_size=256, num_layers=2, head_dim=64, intermediate_size=768)
+WIDE_SPARSE = replace(WIDE, num_experts=32, experts_per_token=4, moe_intermediate_size=128)
+"""As wide as a training stage asks for before it multiplies in bfloat16 on a CPU."""
 ROWS, CONTEXT = 16, 256
 ADAMW_RATES = (1e-3, 1.7e-3, 3e-3)
 MUON = OptimizerConfig(lr=3e-3, adamw_lr=3e-3)
@@ -78,17 +83,26 @@ def bits_per_byte(model: Qwen3, windows: int) -> float:
     return lost / weight / math.log(2)
 
 
-def learned(optimizer: OptimizerConfig, num_tokens: int, windows: int) -> float:
-    """Bits per byte after training on so many tokens, with the package's own schedule."""
+def learned(
+    optimizer: OptimizerConfig,
+    num_tokens: int,
+    windows: int,
+    *,
+    config: ModelConfig = TEXT,
+    seed: int = 0,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> float:
+    """Bits per byte after training on so many tokens, with the package's own schedule; in float32 they are counted."""
     steps = num_tokens // (ROWS * CONTEXT)
-    model = started(TEXT)
+    model = started(config, seed)
     with ExitStack() as stack:
         step = our_step(
             model,
-            text_tokens(ROWS),
+            text_tokens(ROWS, seed=seed),
             stack,
             optimizer=optimizer,
             compiling=False,
+            within=within,
             scale=lambda number: rate(ScheduleConfig(), number, steps),
         )
         for _ in range(steps):

@@ -1,9 +1,9 @@
 """Steps of pre-training by us and by transformers from the same weights, on one thread, and how they are timed.
 
 Every contender is a function that takes one step (forward, loss, backward, clipping, AdamW) on the batch of its number
-and returns the loss. Both sides compute in float32 with fused AdamW; ours compiles its blocks, the peer its model. Each
-works in a process of its own, as it does for its users: in one process the allocator of either lives on what the other
-has left.
+and returns the loss. Both sides keep weights in float32 and use fused AdamW; ours compiles its blocks, the peer its
+model. Each works in a process of its own, as it does for its users: in one process the allocator of either lives on
+what the other has left.
 """
 
 import importlib.util
@@ -12,13 +12,13 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -61,6 +61,7 @@ SPARSE = ModelConfig(
 RATE = 1e-3
 BETAS = (0.9, 0.95)
 CLIP = 1.0
+Name = TypeVar("Name", bound=Hashable)
 Step = Callable[[], float]
 TokensOf = Callable[[int], NDArray[np.int32]]
 """Step -> its tokens [rows, context]."""
@@ -209,10 +210,10 @@ def products(size: int = 1_024, dtype: torch.dtype = torch.float32) -> tuple[Cal
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], float]], rounds: int, warm: int = 2
-) -> dict[str, list[float]]:
+    contenders: Mapping[Name, Callable[[], float]], rounds: int, warm: int = 2
+) -> dict[Name, list[float]]:
     """CPU-seconds of each in every round: ours, theirs, ours, theirs, after `warm` rounds that do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[Name, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + warm):
         for name, run in contenders.items():
             spent = run()

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from pensar.base import native
 from pensar.base.errors import RunError
 from pensar.infer.native import library as page
 from pensar.infer.native import pack, runner
@@ -33,7 +34,7 @@ def test_processes_that_start_together_build_one_whole_file(tmp_path):
 
 
 def test_without_a_compiler_it_says_so_once(monkeypatch, caplog, tmp_path):
-    monkeypatch.setattr(page.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
     monkeypatch.setattr(page, "library", lambda: page.opened(page.built(tmp_path)))
     page._absence.cache_clear()
     try:

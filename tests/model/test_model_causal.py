@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from pensar.model import attention
+from pensar.model import attention, native
 from pensar.model.attention import Packed
 from pensar.model.causal import BLOCK, causal_attention
+from pensar.model.flash import masked
 
 
 def drawn(length, heads, kv_heads, size, dtype=torch.float64, seed=0):
@@ -38,6 +39,68 @@ def test_outputs_and_gradients_are_the_formulas(length, heads, kv_heads):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-11, atol=1e-11)
 
 
+@pytest.fixture(params=["kernels", "library"])
+def whose(request, monkeypatch):
+    """Who multiplies in bfloat16: our own kernels, where they can, or the library."""
+    if request.param == "library":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("this processor does not multiply pairs of bfloat16, or better than our kernels would")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    return request.param
+
+
+def mixed(inputs, queries=torch.float32):
+    """Queries and keys in a type of their own, values in bfloat16."""
+    types = (queries, queries, torch.bfloat16)
+    return [x.detach().to(dtype).requires_grad_() for x, dtype in zip(inputs, types, strict=True)]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 32), (4, 2, 64), (6, 1, 96)])
+def test_with_values_in_bfloat16_it_errs_by_no_more_than_rounding(whose, length, heads, kv_heads, size):
+    exact = drawn(length, heads, kv_heads, size)
+    expected = formula(*exact)
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = torch.autograd.grad(expected, exact, grad)
+    ours = mixed(exact)
+    found = causal_attention(*ours)
+    gradients = torch.autograd.grad(found, ours, grad.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert [x.dtype for x in gradients] == [x.dtype for x in ours]
+    scale = expected.norm()
+    for mine, other in zip((found, *gradients), (expected, *wanted), strict=True):
+        # The gradient of the scores of a single token is zero, and rounding is not.
+        assert (mine - other).norm() <= 0.02 * max(other.norm(), 0.2 * scale)
+
+
+def test_its_gradients_err_less_than_the_fused_kernels(whose):
+    exact = drawn(300, 4, 2, 64)
+    grad = torch.randn(exact[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = torch.autograd.grad(formula(*exact), exact, grad)
+
+    def error(attend, inputs):
+        gradients = torch.autograd.grad(attend(*inputs), inputs, grad.bfloat16())
+        return sum(float((mine - other).norm()) for mine, other in zip(gradients, wanted, strict=True))
+
+    ours = error(causal_attention, mixed(exact))
+    assert ours < error(lambda q, k, v: masked(q, k, v, None), mixed(exact, torch.bfloat16))
+
+
+def test_what_is_not_a_number_stays_visible(whose):
+    q, k, v = mixed(drawn(70, 2, 1, 32))
+    with torch.no_grad():
+        k[0, 40] = torch.nan
+        found = causal_attention(q, k, v)
+    assert found[0, 40:].isnan().all()
+    assert found[0, : 40 // BLOCK * BLOCK].isfinite().all()
+    assert found[1].isfinite().all()
+
+
+def test_in_bfloat16_it_is_an_operator_too(whose):
+    torch.library.opcheck(causal_attention, mixed(drawn(BLOCK + 3, 4, 2, 32)))
+
+
 def test_it_is_an_operator_that_compilers_and_shape_propagation_understand():
     inputs = drawn(BLOCK + 3, 4, 2, 16, torch.float32)
     torch.library.opcheck(causal_attention, inputs)
@@ -65,3 +128,25 @@ def test_training_takes_it_and_agrees_with_the_fused_kernel(monkeypatch, length)
         expected = Packed()(0, q, k, v)
     assert len(calls) == 1
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_under_autocast_documents_of_any_length_are_our_kernels(monkeypatch, grad):
+    if native.library() is None:
+        pytest.skip("this processor does not multiply pairs of bfloat16, or better than our kernels would")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    calls = []
+
+    def counted(*inputs):
+        calls.append(inputs[0].shape[1])
+        return causal_attention(*inputs)
+
+    monkeypatch.setattr(attention, "causal_attention", counted)
+    inputs = mixed(drawn(300, 4, 2, 32))
+    segments = torch.tensor([[1] * 120 + [2] * 180, [1] * 200 + [0] * 100])
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        found = Packed(segments)(0, *inputs)
+    assert calls == [120, 180, 200]
+    wide = [x.float() for x in inputs]
+    expected = Packed(segments)(0, *wide)
+    assert (found[0] - expected[0]).norm() <= 0.01 * expected[0].norm()

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pensar.model import moe
+from pensar.model import moe, native
 from pensar.model.moe import SparseMLP
 from pensar.model.quantized import Int8, OpenExperts
 from pensar.model.routed import routed_swiglu
@@ -55,9 +55,107 @@ def test_outputs_and_gradients_are_the_formulas(spread):
         )
 
 
+WHOLE = 32
+"""A width that our own kernels take."""
+
+
+@pytest.fixture(params=["kernels", "library"])
+def whose(request, monkeypatch):
+    """Who multiplies in bfloat16: our own kernels, where they can, or the library."""
+    if request.param == "library":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("this processor does not multiply pairs of bfloat16, or better than our kernels would")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    return request.param
+
+
+def mixed(counts, seed=0):
+    """Inputs of experts with so many rows each, tokens in bfloat16 and matrices in float32, and a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    experts = torch.tensor([expert for expert, count in enumerate(counts) for _ in range(count)])
+    chosen = experts[torch.randperm(len(experts), generator=generator)].view(-1, 2)
+    x = torch.randn(len(chosen), 2 * WHOLE, generator=generator).bfloat16()
+    weights = torch.rand(len(chosen), 2, generator=generator)
+    gate_up, down = (
+        torch.randn(len(counts), *shape, generator=generator) * 0.2
+        for shape in ((2 * WHOLE, 2 * WHOLE), (2 * WHOLE, WHOLE))
+    )
+    return chosen, [x, weights, gate_up, down], torch.randn(x.shape, generator=generator)
+
+
+def of_experts(chosen, values):
+    order = chosen.flatten().argsort(stable=True)
+    counts = torch.bincount(chosen.flatten(), minlength=len(values[2]))
+    return values[0], values[1], order, counts, *values[2:]
+
+
+COUNTS = [[8, 16, 32, 40], [1, 7, 9, 31, 0, 33, 63], [0, 0, 130, 0], [2]]
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_in_bfloat16_it_errs_by_no_more_than_rounding(whose, counts):
+    chosen, values, grad = mixed(counts)
+    exact = [value.double().requires_grad_() for value in values]
+    expected = formula(chosen, *exact)
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    ours = [value.clone().requires_grad_() for value in values]
+    found = routed_swiglu(*of_experts(chosen, ours))[0]
+    gradients = torch.autograd.grad(found, ours, grad)
+    assert found.dtype == torch.float32
+    assert [x.dtype for x in gradients] == [x.dtype for x in values]
+    for name, mine, other in zip(["output", *NAMES], (found, *gradients), (expected, *wanted), strict=True):
+        assert (mine - other).norm() <= 0.03 * other.norm(), name
+
+
+def test_an_expert_without_rows_gets_zeros_for_a_gradient(whose):
+    chosen, values, grad = mixed([5, 0, 11])
+    ours = [value.requires_grad_() for value in values]
+    _, _, gate_up, down = torch.autograd.grad(routed_swiglu(*of_experts(chosen, ours))[0], ours, grad)
+    assert not gate_up[1].any()
+    assert not down[1].any()
+    assert gate_up[0].any()
+
+
+def test_what_is_not_a_number_stays_visible(whose):
+    chosen, values, _ = mixed([8, 8])
+    values[0][3, 5] = torch.nan
+    assert routed_swiglu(*of_experts(chosen, values))[0][3].isnan().all()
+
+
+def test_gradients_are_those_of_who_went_forward(monkeypatch):
+    """Gate and up lie otherwise in the kernels' memory than in the library's."""
+    if native.library() is None:
+        pytest.skip("this processor does not multiply pairs of bfloat16, or better than our kernels would")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    chosen, values, grad = mixed([7, 9])
+    ours = [value.requires_grad_() for value in values]
+    expected = torch.autograd.grad(routed_swiglu(*of_experts(chosen, ours))[0], ours, grad)
+    found = routed_swiglu(*of_experts(chosen, ours))[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(native, "takes", lambda *widths: False)
+        gradients = torch.autograd.grad(found, ours, grad)
+    for mine, other in zip(gradients, expected, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_odd_widths_and_several_threads_are_the_librarys(monkeypatch):
+    monkeypatch.setattr(native, "library", object)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert native.takes(64, 32)
+    assert not native.takes(64, 48)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert not native.takes(64, 32)
+
+
 def test_it_is_an_operator_that_compilers_and_shape_propagation_understand():
     chosen, values = drawn("any", torch.float32)
     torch.library.opcheck(routed_swiglu, taken(chosen, *values))
+
+
+def test_in_bfloat16_it_is_one_too(whose):
+    chosen, values, _ = mixed([8, 40])
+    torch.library.opcheck(routed_swiglu, of_experts(chosen, [value.requires_grad_() for value in values]))
 
 
 @pytest.fixture
@@ -102,11 +200,21 @@ def test_training_takes_it_with_many_tokens_and_agrees_with_grouped_products(lay
         assert (got - want).norm() < 1e-5 * want.norm()
 
 
+def test_training_under_autocast_takes_it_in_bfloat16(layer, calls, whose):
+    x = torch.randn(64 * layer.num_experts // layer.k, 48)
+    expected, others = gradients(layer, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, mine = gradients(layer, x)
+    assert [inputs[0].dtype for inputs in calls] == [torch.float32, torch.bfloat16]
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    for got, want in zip(mine, others, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - want).norm() < 0.05 * want.norm()
+
+
 def test_few_tokens_frozen_experts_other_types_and_other_experts_go_their_own_way(layer, calls):
     x = torch.randn(64 * layer.num_experts // layer.k, 48)
     layer(x[1:])
-    with torch.autocast("cpu", torch.bfloat16):
-        layer(x)
     copy.deepcopy(layer).bfloat16()(x.bfloat16())
     frozen = copy.deepcopy(layer)
     frozen.experts.requires_grad_(False)

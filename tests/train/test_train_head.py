@@ -157,3 +157,27 @@ def test_a_head_in_half_precision_sums_its_gradient_in_float32():
     head_loss(states, head, loss_of, 1)[0].backward()
     assert head.grad.dtype == torch.bfloat16
     assert head.grad.tolist() == [[512.0, 512.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("chunk", [4, 23])
+def test_under_autocast_chunks_share_memory_and_err_by_no_more_than_rounding(chunk):
+    states, head, ids = drawn()
+    states, head = (x.detach().float().requires_grad_() for x in (states, head))
+    places = set()
+
+    def loss_of(logits, start, stop):
+        places.add((logits.data_ptr(), logits.dtype))
+        logprob, _ = chosen(logits, ids[start:stop], overwrite=True)
+        return -logprob.sum(), torch.zeros(1)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = head_loss(states, head, loss_of, chunk)
+    loss.backward()
+    assert [dtype for _, dtype in places] == [torch.float32]
+    states_, head_, _ = drawn()
+    expected = F.cross_entropy(states_ @ head_.T, ids, reduction="sum")
+    expected.backward()
+    assert abs(loss.item() - expected.item()) < 0.01 * expected.item()
+    for mine, other in zip((states.grad, head.grad), (states_.grad, head_.grad), strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - other).norm() <= 0.02 * other.norm()

@@ -76,7 +76,8 @@ class SparseMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_ND = x.reshape(-1, x.shape[-1])
-        logits_NE = F.linear(x_ND.float(), self.gate.weight.float())
+        with torch.autocast(x.device.type, enabled=False):
+            logits_NE = F.linear(x_ND.float(), self.gate.weight.float())
         probabilities_NE = logits_NE.softmax(-1)
         weights_Nk, chosen_Nk = probabilities_NE.topk(self.k, dim=-1)
         if self.norm_topk_prob:

@@ -1,44 +1,22 @@
-"""The C++ library: built by the machine's compiler at first use, kept in the user's cache, loaded through ctypes.
-
-Nothing of torch is compiled in, so that a build takes seconds and outlives torch's updates. Where there is no compiler,
-`library()` says why and the engine computes with torch.
-"""
+"""The engine's C++ library. Where there is no compiler, `library()` says why and the engine computes with torch."""
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
+from pensar.base import native
 from pensar.base.errors import RunError
+from pensar.base.native import Signatures, cache_folder
 from pensar.infer.native.structs import Batch, Linear, Model
+from pensar.model.native import HEADERS
 
 log = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).parent
-COMPILERS = ("c++", "g++", "clang++")
-# Contraction is off: the code says where products and sums are fused, so that every tile rounds alike.
-FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-Wno-psabi",
-    "-shared",
-    "-fPIC",
-    "-pthread",
-)
-TARGETS = (("-march=native",), ("-mcpu=native",), ())
-"""The first that the compiler takes."""
+SOURCE = Path(__file__).parent / "step.cpp"
 
 P, I64 = ctypes.c_void_p, ctypes.c_int64
-_SIGNATURES: Mapping[str, tuple[object, list[object]]] = {
+_SIGNATURES: Signatures = {
     "pensar_step": (I64, [ctypes.POINTER(Model), ctypes.POINTER(Batch), P]),
     "pensar_team": (P, [I64, I64]),
     "pensar_dismiss": (None, [P]),
@@ -75,44 +53,14 @@ def describe() -> str:
     return f"native ({library().pensar_units().decode()})" if reason is None else f"torch ({reason})"
 
 
-def cache_folder() -> Path:
-    """Where built libraries are kept, by the XDG rules."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pensar" / "native"
-
-
 def built(folder: Path, extra: tuple[str, ...] = ()) -> Path:
-    """The library's file in `folder`, compiled unless it is there; `extra` are further flags.
-
-    Its name is a digest of sources, flags, compiler and processor: another version or machine gets another file. It is
-    written beside and renamed, so that processes which start together may all build it.
-    """
-    compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
-    if compiler is None:
-        raise RunError(
-            f"no C++ compiler ({', '.join(COMPILERS)}) is on the path; install one for the fast kernels"
-        )
-    path = folder / f"{_digest(compiler, extra)}.so"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as draft:
-        out = Path(draft) / path.name
-        for target in TARGETS:
-            command = [compiler, *FLAGS, *target, *extra, str(SOURCES / "step.cpp"), "-o", str(out)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                out.replace(path)
-                return path
-    raise RunError(f"{compiler} does not build the kernels; it says: {done.stderr.strip()[-400:]}")
+    """The library's file in `folder`; `extra` are further flags."""
+    return native.built(SOURCE, folder, includes=(HEADERS,), extra=extra)
 
 
 def opened(path: Path) -> ctypes.CDLL:
     """A built library with its signatures."""
-    found = ctypes.CDLL(str(path))
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(found, name)
-        function.restype, function.argtypes = result, arguments
-    return found
+    return native.opened(path, _SIGNATURES)
 
 
 @functools.cache
@@ -123,20 +71,3 @@ def _absence() -> str | None:
         log.warning("computing with torch: %s", error)
         return str(error)
     return None
-
-
-def _digest(compiler: str, extra: tuple[str, ...]) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [version, *FLAGS, *extra, platform.machine(), _features()]
-    parts += [path.name + path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*.[hc]*"))]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-
-
-def _features() -> str:
-    """What the processor can do, as the system lists it: -march=native means another target on another one."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    kept = ("vendor_id", "model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(kept)}))
