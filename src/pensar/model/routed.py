@@ -34,7 +34,7 @@ def routed_swiglu(
     """Each token's sum of its experts' outputs times their weights [N, D]; and gate and up [R, 2I], for the backward
     pass. `order_M` is the place in `weights_Nk` of each row, `counts_E` the number of rows of each expert."""
     gate_up_R2I = _room(x_ND, order_M, gate_up_E2ID)
-    if natively(x_ND, gate_up_E2ID):
+    if natively(x_ND, weights_Nk, gate_up_E2ID, down_EDI):
         inputs = (x_ND, weights_Nk, order_M, counts_E, gate_up_E2ID, down_EDI)
         return native.Experts(*inputs, gate_up_R2I).forward(), gate_up_R2I
     out_ND = torch.zeros_like(x_ND, dtype=down_EDI.dtype)
@@ -125,7 +125,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], *inputs)
-    ctx.by_kernels = natively(inputs[0], inputs[4])
+    ctx.by_kernels = natively(*(inputs[place] for place in (0, 1, 4, 5)))
 
 
 def _backward(ctx: Any, grad_ND: Tensor, _: None) -> tuple[Tensor | None, ...]:
@@ -154,10 +154,10 @@ def _segments(order_M: Tensor, counts_E: Tensor, k: int, dtype: torch.dtype) -> 
         start, place = rows.stop, room.stop
 
 
-def natively(x_ND: Tensor, gate_up_E2ID: Tensor) -> bool:
-    """Whether our own kernels compute it: tokens in bfloat16, matrices in float32 (`model/native`)."""
-    mixed = x_ND.dtype == torch.bfloat16 and gate_up_E2ID.dtype == torch.float32
-    return mixed and native.takes(x_ND.shape[1], gate_up_E2ID.shape[1] // 2)
+def natively(x_ND: Tensor, weights_Nk: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor) -> bool:
+    """Whether our own kernels compute it: tokens in bfloat16, all else in float32 (`model/native`)."""
+    wide = all(x.dtype == torch.float32 for x in (weights_Nk, gate_up_E2ID, down_EDI))
+    return wide and x_ND.dtype == torch.bfloat16 and native.takes(x_ND.shape[1], down_EDI.shape[2])
 
 
 def _rounded(count: int, dtype: torch.dtype) -> int:
