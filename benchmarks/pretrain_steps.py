@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from pensar.base.ranks import World
+from pensar.base.usage import keeping_freed_memory
 from pensar.model.config import ModelConfig
 from pensar.model.qwen3 import Qwen3, initialize
 from pensar.model.weights import save_model
@@ -104,6 +105,7 @@ def our_step(
     )
     updates = Optimizer(model, optimizer or default)
     stack.enter_context(compiled(model, compiling))
+    stack.enter_context(keeping_freed_memory())
     numbers, loss = count(), LossConfig()
 
     def step() -> float:

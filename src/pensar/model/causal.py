@@ -19,10 +19,9 @@ BLOCK = 64
 
 
 def natively(q_BTHh: Tensor, v_BTKh: Tensor) -> bool:
-    """Whether our own kernels compute it, all products in bfloat16: three times as fast as the library's for 16 to 512
-    tokens, twice for 2,048 (`model/native`)."""
-    mixed = v_BTKh.dtype == torch.bfloat16 and q_BTHh.dtype in (torch.bfloat16, torch.float32)
-    return mixed and q_BTHh.device.type == "cpu" and native.takes(q_BTHh.shape[-1])
+    """Whether our own kernels compute it, all products in the type of the values (`model/native`)."""
+    known = q_BTHh.dtype in (v_BTKh.dtype, torch.float32) and q_BTHh.device.type == "cpu"
+    return known and native.takes(v_BTKh.dtype, q_BTHh.shape[-1])
 
 
 @torch.library.custom_op("pensar::causal_attention", mutates_args=(), device_types="cpu")

@@ -155,9 +155,9 @@ def _segments(order_M: Tensor, counts_E: Tensor, k: int, dtype: torch.dtype) -> 
 
 
 def natively(x_ND: Tensor, weights_Nk: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor) -> bool:
-    """Whether our own kernels compute it: tokens in bfloat16, all else in float32 (`model/native`)."""
+    """Whether our own kernels compute it: tokens in bfloat16 or float32, all else in float32 (`model/native`)."""
     wide = all(x.dtype == torch.float32 for x in (weights_Nk, gate_up_E2ID, down_EDI))
-    return wide and x_ND.dtype == torch.bfloat16 and native.takes(x_ND.shape[1], down_EDI.shape[2])
+    return wide and native.takes(x_ND.dtype, x_ND.shape[1], down_EDI.shape[2])
 
 
 def _rounded(count: int, dtype: torch.dtype) -> int:
@@ -167,8 +167,8 @@ def _rounded(count: int, dtype: torch.dtype) -> int:
 def _room(x_ND: Tensor, order_M: Tensor, gate_up_E2ID: Tensor) -> Tensor:
     """Gate and up of all rows [R, 2I], however they are spread."""
     num, width = gate_up_E2ID.shape[:2]
-    more = num * (ROUNDED - 1) if x_ND.dtype == torch.bfloat16 else 0
-    return x_ND.new_empty(len(order_M) + more, width)
+    most = ROUNDED if x_ND.dtype == torch.bfloat16 else native.ROUNDED
+    return x_ND.new_empty(len(order_M) + num * (most - 1), width)
 
 
 def _memories(segments: list[_Segment], x_ND: Tensor, out_ND: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from pensar.base.errors import ConfigError
 from pensar.base.metrics import Metrics, Recording
 from pensar.base.progress import Progress
 from pensar.base.ranks import World
+from pensar.base.usage import keeping_freed_memory
 from pensar.model.lora import LoraConfig, begin_step
 from pensar.model.qwen3 import Qwen3
 from pensar.model.weights import save_model
@@ -211,7 +212,12 @@ def fit(
 
     shown = ("loss", "divergence")
     parts: dict[str, Part] = {"experts": use, "arithmetic": arithmetic, "observer": observer}
-    with float8(model, arithmetic.precision == "float8"), compiled(model, config.compile), learning(model):
+    with (
+        float8(model, arithmetic.precision == "float8"),
+        compiled(model, config.compile),
+        learning(model),
+        keeping_freed_memory(),
+    ):
         watching: dict[str, Any] = {"guard": guard, "parts": parts, "observer": observer}
         loop(model, optimizer, config, place, take, name=name, shown=shown, **watching)
     if place.world.rank == 0:

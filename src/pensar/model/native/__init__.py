@@ -1,7 +1,8 @@
-"""Experts and attention in training on a CPU that multiplies pairs of bfloat16: a C++ library, and its calls.
+"""Experts and attention in training on a CPU, in float32 or in bfloat16: a C++ library, and its calls.
 
-torch's products of that type are as fast; what is saved is everything around them. An expert's rows are read where they
-lie, rounded on the way and multiplied while they are in the cache, and a layer is one call instead of some thousand.
+Its products run at nine tenths of what the processor can do, torch's at eight; most of what is saved lies around them.
+An expert's rows are read where they are, rounded on the way and multiplied while they are in the cache, and a layer is
+one call instead of some thousand.
 Shape legend: N tokens, D hidden, E experts, I expert width, k experts per token, M = N k, R rows with those that round
 each expert up; B batch, T tokens, H query heads, K key-value heads, h head_dim.
 """
@@ -28,11 +29,11 @@ COLUMNS = 32
 
 _P, _I64 = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES: Signatures = {
-    "pensar_pairs": (_I64, []),
-    "pensar_experts_forward": (None, [_P] * 2),
-    "pensar_experts_backward": (None, [_P] * 6),
-    "pensar_attention_forward": (None, [_P] * 2),
-    "pensar_attention_backward": (None, [_P] * 6),
+    "pensar_takes": (_I64, [_I64]),
+    "pensar_experts_forward": (None, [_I64, *[_P] * 2]),
+    "pensar_experts_backward": (None, [_I64, *[_P] * 6]),
+    "pensar_attention_forward": (None, [_I64, *[_P] * 2]),
+    "pensar_attention_backward": (None, [_I64, *[_P] * 6]),
 }
 
 
@@ -58,24 +59,30 @@ class _Attention(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """None where the processor has no such units, or better ones that torch makes use of, or nothing can be built."""
+    """None where it cannot be built; the log says once why."""
     try:
-        found = opened(built(HEADERS / "train.cpp", cache_folder()), _SIGNATURES)
-    except (RunError, OSError, AttributeError) as error:
+        return opened(built(HEADERS / "train.cpp", cache_folder()), _SIGNATURES)
+    except (RunError, OSError) as error:
         log.warning("training with torch's kernels: %s", error)
         return None
-    return found if found.pensar_pairs() else None
 
 
-def takes(*widths: int) -> bool:
-    """Whether this processor computes products of these widths here. Torch's kernels share them out to threads, these
-    do not."""
-    whole = all(width % COLUMNS == 0 for width in widths)
-    return whole and torch.get_num_threads() == 1 and library() is not None
+def takes(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether this processor computes products in this type and of these widths here.
+
+    Not with several threads, to which torch's products are shared out and these are not, and not in bfloat16 where the
+    processor has no units for it, or better ones that torch uses.
+    """
+    if dtype not in (torch.float32, torch.bfloat16) or torch.get_num_threads() > 1:
+        return False
+    if any(width % COLUMNS for width in widths):
+        return False
+    found = library()
+    return found is not None and bool(found.pensar_takes(dtype == torch.bfloat16))
 
 
 class Experts:
-    """`routed_swiglu` of tokens in bfloat16 by matrices in float32 (`model/routed.py`).
+    """`routed_swiglu` by matrices in float32, products in the type of the tokens (`model/routed.py`).
 
     `room_R2I` holds gate and up of each expert's rows, one expert after another.
     """
@@ -100,43 +107,50 @@ class Experts:
 
     def forward(self) -> Tensor:
         """Each token's sum [N, D], in float32; fills the room."""
-        out_ND = self._like(0, torch.float32)
-        _call("experts_forward", self._structure, out_ND)
+        out_ND = self._like(0)
+        self._call("experts_forward", out_ND)
         return out_ND
 
     def backward(self, grad_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of tokens, their experts' weights, and both matrices."""
-        dx_ND, dweights_Nk, dgate_up, ddown = (self._like(place, torch.float32) for place in (0, 1, 4, 5))
-        grad_ND = grad_ND.to(torch.bfloat16).contiguous()
-        _call("experts_backward", self._structure, grad_ND, dx_ND, dweights_Nk, dgate_up, ddown)
-        return dx_ND.to(torch.bfloat16), dweights_Nk, dgate_up, ddown
+        dx_ND, dweights_Nk, dgate_up, ddown = (self._like(place) for place in (0, 1, 4, 5))
+        dtype = self._inputs[0].dtype
+        self._call("experts_backward", grad_ND.to(dtype).contiguous(), dx_ND, dweights_Nk, dgate_up, ddown)
+        return dx_ND.to(dtype), dweights_Nk, dgate_up, ddown
 
-    def _like(self, place: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty_like(self._inputs[place], dtype=dtype)
+    def _like(self, place: int) -> Tensor:
+        return torch.empty_like(self._inputs[place], dtype=torch.float32)
+
+    def _call(self, name: str, *tensors: Tensor) -> None:
+        _call(name, self._inputs[0].dtype, self._structure, *tensors)
 
 
 class Attention:
-    """Causal attention of values in bfloat16, queries and keys rounded to it (`model/causal.py`)."""
+    """Causal attention in the type of the values, to which queries and keys are rounded (`model/causal.py`)."""
 
     def __init__(self, q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor) -> None:
-        self._inputs = [x.to(torch.bfloat16).contiguous() for x in (q_BTHh, k_BTKh, v_BTKh)]
+        self._dtype = v_BTKh.dtype
+        self._inputs = [self._ready(x) for x in (q_BTHh, k_BTKh, v_BTKh)]
         places = (x.data_ptr() for x in self._inputs)
         self._structure = _Attention(*q_BTHh.shape[:3], *k_BTKh.shape[2:], *places)
 
     def forward(self) -> Tensor:
-        """[B, T, H, h] in bfloat16."""
+        """[B, T, H, h] in the type of the values."""
         out_BTHh = torch.empty_like(self._inputs[0])
-        _call("attention_forward", self._structure, out_BTHh)
+        _call("attention_forward", self._dtype, self._structure, out_BTHh)
         return out_BTHh
 
     def backward(self, out_BTHh: Tensor, grad_BTHh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of queries, keys and values, in float32."""
         dq, dk, dv = (torch.empty_like(x, dtype=torch.float32) for x in self._inputs)
-        out_BTHh, grad_BTHh = (x.to(torch.bfloat16).contiguous() for x in (out_BTHh, grad_BTHh))
-        _call("attention_backward", self._structure, out_BTHh, grad_BTHh, dq, dk, dv)
+        out_BTHh, grad_BTHh = self._ready(out_BTHh), self._ready(grad_BTHh)
+        _call("attention_backward", self._dtype, self._structure, out_BTHh, grad_BTHh, dq, dk, dv)
         return dq, dk, dv
 
+    def _ready(self, x: Tensor) -> Tensor:
+        return x.to(self._dtype).contiguous()
 
-def _call(name: str, structure: ctypes.Structure, *tensors: Tensor) -> None:
+
+def _call(name: str, dtype: torch.dtype, structure: ctypes.Structure, *tensors: Tensor) -> None:
     function = getattr(library(), f"pensar_{name}")
-    function(ctypes.byref(structure), *(x.data_ptr() for x in tensors))
+    function(dtype == torch.bfloat16, ctypes.byref(structure), *(x.data_ptr() for x in tensors))

@@ -1,38 +1,41 @@
-// What training on a CPU computes natively, where the processor multiplies pairs of bfloat16; one thread, one call each.
+// What training on a CPU computes natively: experts and attention, in float32 or in bfloat16; one thread, one call each.
 #include "attention.h"
 #include "experts.h"
 
-#if !PENSAR_PAIRS
-static void experts_forward(const Experts&, float*) {}
-static void experts_backward(const Experts&, const uint16_t*, float*, float*, float*, float*) {}
-static void attention_forward(const Attention&, uint16_t*) {}
-static void attention_backward(const Attention&, const uint16_t*, const uint16_t*, float*, float*, float*) {}
+#if PENSAR_HALVES
+#define BOTH(function, ...) (halves ? function<Half>(__VA_ARGS__) : function<float>(__VA_ARGS__))
+#elif PENSAR_FLOATS
+#define BOTH(function, ...) function<float>(__VA_ARGS__)
+#else
+#define BOTH(function, ...) (void)0
 #endif
 
 extern "C" {
 
-// Whether this processor can; where it cannot, the others do nothing.
-int64_t pensar_pairs() {
-#if PENSAR_PAIRS
+// Whether this processor does so in the type; where it does not, the others do nothing.
+int64_t pensar_takes(int64_t halves) {
+#if PENSAR_HALVES
     return 1;
+#elif PENSAR_FLOATS
+    return !halves;
 #else
     return 0;
 #endif
 }
 
-void pensar_experts_forward(const Experts* e, float* out) { experts_forward(*e, out); }
+void pensar_experts_forward(int64_t halves, const Experts* e, float* out) { BOTH(experts_forward, *e, out); }
 
 void pensar_experts_backward(
-    const Experts* e, const uint16_t* grad, float* dx, float* dweights, float* dgate_up, float* ddown
+    int64_t halves, const Experts* e, const void* grad, float* dx, float* dweights, float* dgate_up, float* ddown
 ) {
-    experts_backward(*e, grad, dx, dweights, dgate_up, ddown);
+    BOTH(experts_backward, *e, grad, dx, dweights, dgate_up, ddown);
 }
 
-void pensar_attention_forward(const Attention* a, uint16_t* out) { attention_forward(*a, out); }
+void pensar_attention_forward(int64_t halves, const Attention* a, void* out) { BOTH(attention_forward, *a, out); }
 
 void pensar_attention_backward(
-    const Attention* a, const uint16_t* out, const uint16_t* grad, float* dq, float* dk, float* dv
+    int64_t halves, const Attention* a, const void* out, const void* grad, float* dq, float* dk, float* dv
 ) {
-    attention_backward(*a, out, grad, dq, dk, dv);
+    BOTH(attention_backward, *a, out, grad, dq, dk, dv);
 }
 }
