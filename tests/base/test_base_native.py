@@ -1,11 +1,13 @@
 """A library is built once for its sources, flags and headers, and once more when any of them changes."""
 
 import ctypes
+import os
+from pathlib import Path
 
 import pytest
 
 from pensar.base.errors import RunError
-from pensar.base.native import built, opened
+from pensar.base.native import built, cache_folder, opened
 
 SOURCE = '#include "number.h"\nextern "C" long long number() { return NUMBER + MORE; }\n'
 
@@ -46,3 +48,21 @@ def test_what_the_compiler_says_is_quoted_and_nothing_is_left(source, tmp_path):
     with pytest.raises(RunError, match=r"number\.h"):
         built(source, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_compiler_that_does_nothing_is_quoted(source, tmp_path, monkeypatch):
+    (tmp_path / "c++").write_text("#!/bin/sh\necho install the tools first >&2\nexit 1\n", encoding="utf-8")
+    (tmp_path / "c++").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(RunError, match="install the tools first"):
+        built(source, tmp_path / "cache")
+
+
+def test_without_a_home_it_says_what_to_set(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(RunError, match="set XDG_CACHE_HOME"):
+        cache_folder()

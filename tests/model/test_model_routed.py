@@ -62,15 +62,13 @@ WHOLE = 32
 
 @pytest.fixture(params=["kernels", "library"])
 def whose(request, monkeypatch):
-    """Who multiplies in bfloat16: our own kernels, where they can, or the library."""
+    """Who computes: our own kernels, in the types that they can, or the library."""
     if request.param == "library":
         monkeypatch.setattr(native, "library", lambda: None)
     else:
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-        if not native.takes(torch.bfloat16):
-            pytest.skip(
-                "this processor does not multiply pairs of bfloat16, or better than our kernels would"
-            )
+        if not native.takes(torch.float32):
+            pytest.skip("there is no compiler, or no AVX-512")
     return request.param
 
 
@@ -128,8 +126,7 @@ def test_what_is_not_a_number_stays_visible(whose):
     assert routed_swiglu(*of_experts(chosen, values))[0][3].isnan().all()
 
 
-def test_gradients_are_those_of_who_went_forward(monkeypatch):
-    """Gate and up lie otherwise in the kernels' memory than in the library's."""
+def test_who_goes_back_need_not_have_gone_forward(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     if not native.takes(torch.bfloat16):
         pytest.skip("this processor does not multiply pairs of bfloat16, or better than our kernels would")
@@ -141,7 +138,22 @@ def test_gradients_are_those_of_who_went_forward(monkeypatch):
         patched.setattr(native, "takes", lambda dtype, *widths: False)
         gradients = torch.autograd.grad(found, ours, grad)
     for mine, other in zip(gradients, expected, strict=True):
-        assert torch.equal(mine, other)
+        assert (mine - other).norm() <= 0.03 * other.norm()
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_inputs_that_do_not_fit_are_refused(place):
+    """The kernels look at nothing but addresses."""
+    inputs = list(of_experts(*mixed([7, 9])[:2]))
+    room = torch.empty(16, 2 * WHOLE, dtype=torch.bfloat16)
+    native.Experts(*inputs, room)
+    fitting = inputs[place]
+    inputs[place] = fitting.to(torch.float64 if fitting.is_floating_point() else torch.int32)
+    with pytest.raises(ValueError, match="and not torch"):
+        native.Experts(*inputs, room)
+    inputs[place] = fitting[:-1]
+    with pytest.raises(ValueError, match="and not torch"):
+        native.Experts(*inputs, room)
 
 
 class Library:
@@ -228,7 +240,9 @@ def test_training_takes_it_with_many_tokens_and_agrees_with_grouped_products(lay
     found, mine = gradients(layer, x)
     assert len(calls) == 1
     with torch.no_grad():
-        assert torch.equal(layer(x), found)
+        assert torch.equal(layer.eval()(x), found)
+    assert len(calls) == 1
+    layer.train()
     monkeypatch.setattr(moe, "ROWS_OF_ONE_OPERATOR", 10**9)
     expected, others = gradients(layer, x)
     assert len(calls) == 1
@@ -247,6 +261,39 @@ def test_training_under_autocast_takes_it_in_bfloat16(layer, calls, whose):
     for got, want in zip(mine, others, strict=True):
         assert got.dtype == torch.float32
         assert (got - want).norm() < 0.05 * want.norm()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_pass_without_gradients_has_the_bits_of_training(layer, whose, autocast):
+    """The experts' shares of a step are counted in one, and a teacher's scores come from one."""
+    x = torch.randn(64 * layer.num_experts // layer.k, 48)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.no_grad():
+            expected = layer(x)
+        assert torch.equal(layer(x), expected)
+
+
+def test_few_tokens_and_frozen_experts_are_in_autocasts_type_too(layer):
+    x = torch.randn(64 * layer.num_experts // layer.k, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        few = layer(x[:50])
+        layer.experts.requires_grad_(False)
+        frozen = layer(x)
+    wide = layer(x)
+    for found, other in ((few, expected[:50]), (frozen, expected)):
+        assert found.dtype == torch.float32
+        assert (found - other).norm() < 0.01 * other.norm()
+    assert (frozen - wide).norm() > 1e-3 * wide.norm()
+
+
+def test_a_float64_layer_stays_one_under_autocast(layer):
+    layer.double()
+    x = torch.randn(64 * layer.num_experts // layer.k, 48, dtype=torch.float64)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert (found - expected).norm() < 1e-6 * expected.norm()
 
 
 def test_few_tokens_frozen_experts_other_types_and_other_experts_go_their_own_way(layer, calls):

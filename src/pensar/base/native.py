@@ -35,8 +35,12 @@ Signatures = Mapping[str, tuple[object, list[object]]]
 
 
 def cache_folder() -> Path:
-    """Where built libraries are kept, by the XDG rules."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pensar" / "native"
+    """Where built libraries are kept, by the XDG rules; RunError where there is no home."""
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise RunError(f"{error}: set XDG_CACHE_HOME to a folder for built libraries") from error
+    return Path(cache) / "pensar" / "native"
 
 
 def built(source: Path, folder: Path, *, includes: Sequence[Path] = (), extra: Sequence[str] = ()) -> Path:
@@ -77,10 +81,12 @@ def opened(path: Path, signatures: Signatures) -> ctypes.CDLL:
 
 
 def _digest(compiler: str, source: Path, includes: Sequence[Path], extra: Sequence[str]) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [version, *FLAGS, *extra, platform.machine(), _features(), source.name]
-    for folder in (source.parent, *includes):
-        parts += [path.name + path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.[hc]*"))]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    if version.returncode:
+        raise RunError(f"{compiler} does not tell its version; it says: {version.stderr.strip()[-400:]}")
+    parts = [version.stdout, *FLAGS, *extra, platform.machine(), _features()]
+    headers = [path for folder in (source.parent, *includes) for path in sorted(folder.glob("*.h"))]
+    parts += [path.name + path.read_text(encoding="utf-8") for path in (source, *headers)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt (man 3 mallopt)."""
 _MOST = 32 * 2**20
 """The largest pieces that glibc can be told to keep, bytes."""
+_keeping = threading.Lock()
+_keepers: list[ctypes.CDLL] = []
+"""One for each that is within `keeping_freed_memory` now."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +53,26 @@ def keeping_freed_memory() -> Iterator[None]:
     """Within it glibc keeps what is freed, in pieces of up to 32 MiB; at the end it goes back to the system.
 
     A training step asks for the same pieces as the one before. Given back in between, they come as fresh pages, each
-    of which costs some microseconds: a tenth of a step where tensors are large and products fast. Other C libraries
-    go on as they are.
+    of which costs some microseconds: a tenth of a step where tensors are large and products fast. Afterwards glibc's
+    thresholds are those to which it would have raised them by itself, and stay there. Other C libraries go on as they
+    are.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if library is None or not hasattr(library, "malloc_trim"):
         yield
         return
-    library.mallopt(_MMAP_THRESHOLD, _MOST)
-    library.mallopt(_TRIM_THRESHOLD, 2**30)
+    with _keeping:
+        _keepers.append(library)
+        library.mallopt(_MMAP_THRESHOLD, _MOST)
+        library.mallopt(_TRIM_THRESHOLD, 2**30)
     try:
         yield
     finally:
-        library.mallopt(_TRIM_THRESHOLD, 2 * _MOST)
-        library.malloc_trim(0)
+        with _keeping:
+            _keepers.pop()
+            if not _keepers:
+                library.mallopt(_TRIM_THRESHOLD, 2 * _MOST)
+                library.malloc_trim(0)
 
 
 def _high_water() -> int:

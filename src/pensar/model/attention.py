@@ -110,7 +110,7 @@ def _by_blocks(q_BTHh: Tensor, v_BTKh: Tensor) -> bool:
     at 2,048, and in training in float32; the library's in training, 1.4 times at 512 tokens of 64, less than a tenth
     beyond these bounds."""
     num_tokens, learns = q_BTHh.shape[1], torch.is_grad_enabled() and q_BTHh.requires_grad
-    if natively(q_BTHh, v_BTKh):
+    if not torch.compiler.is_compiling() and natively(q_BTHh, v_BTKh):
         return v_BTKh.dtype == torch.bfloat16 or (learns and num_tokens >= NATIVE_FROM)
     return (
         learns

@@ -41,15 +41,20 @@ class Experts(nn.Module):
 
     def forward(self, sorted_x_MD: Tensor, counts_E: Tensor) -> Tensor:
         """SwiGLU of rows that are sorted by expert."""
-        return swiglu(sorted_x_MD, counts_E, self.gate_up_proj, self.down_proj)
+        x_MD, *matrices = map(cast, (sorted_x_MD, self.gate_up_proj, self.down_proj))
+        return swiglu(x_MD, counts_E, *matrices).to(sorted_x_MD.dtype)
 
     def routed(self, x_ND: Tensor, weights_Nk: Tensor, order_M: Tensor, counts_E: Tensor) -> Tensor:
         """Each token's sum of its experts' SwiGLU times their weights, by one operator for training on a CPU."""
         weights = self.gate_up_proj, self.down_proj
-        if torch.is_autocast_enabled("cpu"):
-            x_ND = x_ND.to(torch.get_autocast_dtype("cpu"))
-        out_ND: Tensor = routed_swiglu(x_ND, weights_Nk, order_M, counts_E, *weights)[0]
+        out_ND: Tensor = routed_swiglu(cast(x_ND), weights_Nk, order_M, counts_E, *weights)[0]
         return out_ND
+
+
+def cast(x: Tensor) -> Tensor:
+    """In autocast's type, to which torch itself takes no products but its own: float32 on a CPU under autocast."""
+    on = x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+    return x.to(torch.get_autocast_dtype("cpu")) if on else x
 
 
 def swiglu(sorted_x_MD: Tensor, counts_E: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor) -> Tensor:
@@ -99,7 +104,8 @@ class SparseMLP(nn.Module):
         return torch.zeros_like(x_ND).index_add(0, token_M, out_MD).view_as(x)
 
     def _in_one(self, x_ND: Tensor) -> bool:
-        """Whether one operator takes the tokens to the experts and back: training on a CPU, with enough of them.
+        """Whether one operator takes the tokens to the experts and back: on a CPU, with enough of them, in training
+        and wherever its bits must be those of training.
 
         Experts of any other class (spread over ranks, in few bits, with LoRA) have their own way with rows.
         """
@@ -109,7 +115,7 @@ class SparseMLP(nn.Module):
             and x_ND.device.type == "cpu"
             and x_ND.dtype == experts.gate_up_proj.dtype
             and x_ND.dtype in (torch.float32, torch.float64)
-            and torch.is_grad_enabled()
+            and (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
             and experts.gate_up_proj.requires_grad
             and experts.down_proj.requires_grad
             and len(x_ND) * self.k >= ROWS_OF_ONE_OPERATOR * self.num_experts

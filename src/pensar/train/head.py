@@ -125,8 +125,9 @@ class _Chunks:
         self._wanted_head, self._head_type = head_VD.requires_grad, head_VD.dtype
         self._states_grad_ND = torch.empty_like(states_ND)
         self._head_grad_VD: Tensor | None = None
-        cast = _autocast(states_ND)
-        self._shared = states_ND.dtype == head_VD.dtype and (not cast or states_ND.device.type == "cpu")
+        cast = _autocast(states_ND) and states_ND.dtype == torch.float32
+        on_cpu = states_ND.device.type == "cpu"
+        self._shared = states_ND.dtype == head_VD.dtype and (on_cpu or not _autocast(states_ND))
         if self._shared:
             self._logits_CV = states_ND.new_empty(chunk, len(head_VD))
             if cast:

@@ -3,13 +3,14 @@
 Its products run at nine tenths of what the processor can do, torch's at eight; most of what is saved lies around them.
 An expert's rows are read where they are, rounded on the way and multiplied while they are in the cache, and a layer is
 one call instead of some thousand.
-Shape legend: N tokens, D hidden, E experts, I expert width, k experts per token, M = N k, R rows with those that round
-each expert up; B batch, T tokens, H query heads, K key-value heads, h head_dim.
+Shape legend: N tokens, D hidden, E experts, I expert width, k experts per token, M = N k rows by expert; B batch,
+T tokens, H query heads, K key-value heads, h head_dim.
 """
 
 import ctypes
 import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,10 +23,8 @@ from pensar.base.native import Signatures, built, cache_folder, opened
 log = logging.getLogger(__name__)
 
 HEADERS = Path(__file__).parent
-ROUNDED = 8
-"""The rows of an expert are a multiple of this: those of a tile."""
 COLUMNS = 32
-"""So are widths, of this: the columns of a tile."""
+"""Widths are a multiple of this: the columns of a tile."""
 
 _P, _I64 = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES: Signatures = {
@@ -42,9 +41,7 @@ class _Experts(ctypes.Structure):
 
     _fields_: ClassVar = [
         *((name, _I64) for name in ("tokens", "hidden", "experts", "width", "chosen")),
-        *((name, _P) for name in ("x", "weights", "order", "counts", "gate_up", "down")),
-        ("rows", _I64),
-        ("room", _P),
+        *((name, _P) for name in ("x", "weights", "order", "counts", "gate_up", "down", "room")),
     ]
 
 
@@ -82,10 +79,7 @@ def takes(dtype: torch.dtype, *widths: int) -> bool:
 
 
 class Experts:
-    """`routed_swiglu` by matrices in float32, products in the type of the tokens (`model/routed.py`).
-
-    `room_R2I` holds gate and up of each expert's rows, one expert after another.
-    """
+    """`routed_swiglu` by matrices in float32, products in the type of the tokens (`model/routed.py`)."""
 
     def __init__(
         self,
@@ -95,18 +89,28 @@ class Experts:
         counts_E: Tensor,
         gate_up_E2ID: Tensor,
         down_EDI: Tensor,
-        room_R2I: Tensor,
+        gate_up_M2I: Tensor,
     ) -> None:
-        inputs = (x_ND, weights_Nk, order_M, counts_E, gate_up_E2ID, down_EDI)
-        self._inputs = [x.contiguous() for x in inputs]
-        self._room = room_R2I
-        (num, hidden), (experts, _, width) = x_ND.shape, down_EDI.shape
-        places = (x.data_ptr() for x in self._inputs)
-        room = len(room_R2I), room_R2I.data_ptr()
-        self._structure = _Experts(num, hidden, experts, width, weights_Nk.shape[1], *places, *room)
+        (num, hidden), k, (experts, _, width) = x_ND.shape, weights_Nk.shape[1], down_EDI.shape
+        shapes = [(num, hidden), (num, k), (num * k,), (experts,), (experts, 2 * width, hidden)]
+        shapes += [(experts, hidden, width), (num * k, 2 * width)]
+        types = [
+            x_ND.dtype,
+            torch.float32,
+            torch.int64,
+            torch.int64,
+            torch.float32,
+            torch.float32,
+            x_ND.dtype,
+        ]
+        self._inputs = [
+            x.contiguous() for x in (x_ND, weights_Nk, order_M, counts_E, gate_up_E2ID, down_EDI, gate_up_M2I)
+        ]
+        _agree(self._inputs, shapes, types)
+        self._structure = _Experts(num, hidden, experts, width, k, *(x.data_ptr() for x in self._inputs))
 
     def forward(self) -> Tensor:
-        """Each token's sum [N, D], in float32; fills the room."""
+        """Each token's sum [N, D], in float32; gate and up go where they were asked for."""
         out_ND = self._like(0)
         self._call("experts_forward", out_ND)
         return out_ND
@@ -119,7 +123,7 @@ class Experts:
         return dx_ND.to(dtype), dweights_Nk, dgate_up, ddown
 
     def _like(self, place: int) -> Tensor:
-        return torch.empty_like(self._inputs[place], dtype=torch.float32)
+        return _empty_like(self._inputs[place])
 
     def _call(self, name: str, *tensors: Tensor) -> None:
         _call(name, self._inputs[0].dtype, self._structure, *tensors)
@@ -131,6 +135,11 @@ class Attention:
     def __init__(self, q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor) -> None:
         self._dtype = v_BTKh.dtype
         self._inputs = [self._ready(x) for x in (q_BTHh, k_BTKh, v_BTKh)]
+        (rows, tokens, heads, size), kv_heads = q_BTHh.shape, k_BTKh.shape[2]
+        if heads % kv_heads:
+            raise ValueError(f"{heads} heads of queries do not share {kv_heads} of keys evenly")
+        kept = (rows, tokens, kv_heads, size)
+        _agree(self._inputs, [q_BTHh.shape, kept, kept], [self._dtype] * 3)
         places = (x.data_ptr() for x in self._inputs)
         self._structure = _Attention(*q_BTHh.shape[:3], *k_BTKh.shape[2:], *places)
 
@@ -142,13 +151,24 @@ class Attention:
 
     def backward(self, out_BTHh: Tensor, grad_BTHh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of queries, keys and values, in float32."""
-        dq, dk, dv = (torch.empty_like(x, dtype=torch.float32) for x in self._inputs)
+        dq, dk, dv = (_empty_like(x) for x in self._inputs)
         out_BTHh, grad_BTHh = self._ready(out_BTHh), self._ready(grad_BTHh)
         _call("attention_backward", self._dtype, self._structure, out_BTHh, grad_BTHh, dq, dk, dv)
         return dq, dk, dv
 
     def _ready(self, x: Tensor) -> Tensor:
         return x.to(self._dtype).contiguous()
+
+
+def _agree(tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]], types: Sequence[torch.dtype]) -> None:
+    """The library looks at nothing but addresses."""
+    for number, (x, shape, dtype) in enumerate(zip(tensors, shapes, types, strict=True)):
+        if tuple(x.shape) != tuple(shape) or x.dtype != dtype:
+            raise ValueError(f"input {number} is {x.dtype} {tuple(x.shape)} and not {dtype} {tuple(shape)}")
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.float32)
 
 
 def _call(name: str, dtype: torch.dtype, structure: ctypes.Structure, *tensors: Tensor) -> None:

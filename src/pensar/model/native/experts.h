@@ -13,8 +13,7 @@ struct Experts {
     const int64_t* counts; // [experts]
     const float* gate_up;  // [experts, 2 width, hidden]
     const float* down;     // [experts, hidden, width]
-    int64_t rows;          // room for gate and up: each expert has as many rows as tokens, rounded up to 8
-    void* room;            // [rows, 2 width] of T
+    void* room;            // [tokens * chosen, 2 width] of T: gate and up of every row, in the order of the experts
 };
 
 #if PENSAR_FLOATS
@@ -22,12 +21,13 @@ struct Experts {
 // The rows of one expert.
 template <class T>
 struct Group {
-    int64_t expert, count, rows;
+    int64_t expert, count, rows;  // those that there are, and rounded up
     const int64_t* places;
     T* room;
     const T* nothing;
 
     int64_t token(const Experts& e, int64_t r) const { return places[r] / e.chosen; }
+    const T* gate_up(const Experts& e, int64_t r) const { return r < count ? room + r * 2 * e.width : nothing; }
     const T* of(const void* matrix, const Experts& e, int64_t r) const {
         return r < count ? (const T*)matrix + token(e, r) * e.hidden : nothing;
     }
@@ -37,21 +37,13 @@ template <class T, class Work>
 static void each_group(const Experts& e, Work work) {
     const int64_t* places = e.order;
     T* room = (T*)e.room;
-    const T* nothing = zeros<T>(e.hidden);
+    const T* nothing = zeros<T>(std::max(e.hidden, 2 * e.width));
     for (int64_t i = 0; i < e.experts; i++) {
         const Group<T> group{i, e.counts[i], up(e.counts[i], ROWS), places, room, nothing};
         work(group);
         places += group.count;
-        room += group.rows * 2 * e.width;
+        room += group.count * 2 * e.width;
     }
-}
-
-// What lies beyond the last expert's rows is zero.
-template <class T>
-static void clear_rest(const Experts& e) {
-    int64_t used = 0;
-    for (int64_t i = 0; i < e.experts; i++) used += up(e.counts[i], ROWS);
-    std::fill((T*)e.room + used * 2 * e.width, (T*)e.room + e.rows * 2 * e.width, T(0));
 }
 
 template <class T>
@@ -59,7 +51,6 @@ static void experts_forward(const Experts& e, float* out) {
     static thread_local Scratch memory[2];
     const int64_t D = e.hidden, I = e.width;
     std::fill(out, out + e.tokens * D, 0.0f);
-    clear_rest<T>(e);
     Word* panels = memory[0].of<Word>(2 * I * D / DEPTH<T>);
     each_group<T>(e, [&](const Group<T>& g) {
         if (g.count == 0) return;
@@ -70,11 +61,11 @@ static void experts_forward(const Experts& e, float* out) {
             [&](int64_t r) { return left_of_rows([&](int64_t i) { return g.of(e.x, e, i); }, r); },
             g.rows, panels, D / DEPTH<T>, 2 * I, D / DEPTH<T>,
             [&](int64_t r, int64_t c, const Tile& tile) {
-                UNROLL for (int i = 0; i < ROWS; i++) put(g.room + (r + i) * 2 * I + c, tile[i]);
+                for (int64_t i = 0; i < ROWS && r + i < g.count; i++) put(g.room + (r + i) * 2 * I + c, tile[i]);
             }
         );
         for (int64_t r = 0; r < g.rows; r++) {
-            const T *gate = g.room + r * 2 * I, *up = gate + I;
+            const T *gate = g.gate_up(e, r), *up = gate + I;
             const float weight = r < g.count ? e.weights[g.places[r]] : 0.0f;
             for (int64_t i = 0; i < I; i += L) {
                 const Vf x = wide(gate + i);
@@ -123,7 +114,7 @@ static void gated(
             Kept<T> ready[N], dgate[N], dup[N];
             UNROLL for (int n = 0; n < N; n++) {
                 const int64_t r = N * p + n;
-                const T* gate = g.room + r * 2 * I + i;
+                const T* gate = g.gate_up(e, r) + i;
                 Gated one;
                 one.of(wide(gate), wide(gate + I), wide(dh + r * I + i), weight[n], dweight[n]);
                 ready[n] = kept<T>(one.h);
