@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from pensar.model import native
 from pensar.model.attention import Packed
 from pensar.model.config import ModelConfig
 from pensar.model.qwen3 import Qwen3, initialize
@@ -62,3 +63,16 @@ def logits_of() -> Callable[..., torch.Tensor]:
         return model.logits(model(tokens, positions, Packed(segments)))
 
     return compute
+
+
+@pytest.fixture(params=["kernels", "library"])
+def whose(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who computes experts and attention: our own kernels, in the types that they can, or the library."""
+    name = str(request.param)
+    if name == "library":
+        monkeypatch.setattr(native, "library", lambda: None)
+    else:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        if not native.takes(torch.float32):
+            pytest.skip("there is no compiler, or no AVX-512")
+    return name

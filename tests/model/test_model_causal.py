@@ -39,18 +39,6 @@ def test_outputs_and_gradients_are_the_formulas(length, heads, kv_heads):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-11, atol=1e-11)
 
 
-@pytest.fixture(params=["kernels", "library"])
-def whose(request, monkeypatch):
-    """Who computes: our own kernels, in the types that they can, or the library."""
-    if request.param == "library":
-        monkeypatch.setattr(native, "library", lambda: None)
-    else:
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-        if not native.takes(torch.float32):
-            pytest.skip("there is no compiler, or no AVX-512")
-    return request.param
-
-
 def mixed(inputs, queries=torch.float32, values=torch.bfloat16):
     """Queries and keys in a type of their own."""
     types = (queries, queries, values)

@@ -60,18 +60,6 @@ WHOLE = 32
 """A width that our own kernels take."""
 
 
-@pytest.fixture(params=["kernels", "library"])
-def whose(request, monkeypatch):
-    """Who computes: our own kernels, in the types that they can, or the library."""
-    if request.param == "library":
-        monkeypatch.setattr(native, "library", lambda: None)
-    else:
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-        if not native.takes(torch.float32):
-            pytest.skip("there is no compiler, or no AVX-512")
-    return request.param
-
-
 def mixed(counts, seed=0, dtype=torch.bfloat16):
     """Inputs of experts with so many rows each, tokens in a type of their own and matrices in float32; a gradient."""
     generator = torch.Generator().manual_seed(seed)
