@@ -52,7 +52,7 @@ class Experts(nn.Module):
 
 
 def cast(x: Tensor) -> Tensor:
-    """In autocast's type, to which torch itself takes no products but its own: float32 on a CPU under autocast."""
+    """A float32 tensor on a CPU in autocast's type, where that is on: torch casts for its own products only."""
     on = x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
     return x.to(torch.get_autocast_dtype("cpu")) if on else x
 

@@ -94,15 +94,7 @@ class Experts:
         (num, hidden), k, (experts, _, width) = x_ND.shape, weights_Nk.shape[1], down_EDI.shape
         shapes = [(num, hidden), (num, k), (num * k,), (experts,), (experts, 2 * width, hidden)]
         shapes += [(experts, hidden, width), (num * k, 2 * width)]
-        types = [
-            x_ND.dtype,
-            torch.float32,
-            torch.int64,
-            torch.int64,
-            torch.float32,
-            torch.float32,
-            x_ND.dtype,
-        ]
+        types = [x_ND.dtype, torch.float32, *[torch.int64] * 2, *[torch.float32] * 2, x_ND.dtype]
         self._inputs = [
             x.contiguous() for x in (x_ND, weights_Nk, order_M, counts_E, gate_up_E2ID, down_EDI, gate_up_M2I)
         ]
@@ -111,19 +103,16 @@ class Experts:
 
     def forward(self) -> Tensor:
         """Each token's sum [N, D], in float32; gate and up go where they were asked for."""
-        out_ND = self._like(0)
+        out_ND = _empty_like(self._inputs[0])
         self._call("experts_forward", out_ND)
         return out_ND
 
     def backward(self, grad_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of tokens, their experts' weights, and both matrices."""
-        dx_ND, dweights_Nk, dgate_up, ddown = (self._like(place) for place in (0, 1, 4, 5))
+        dx_ND, dweights_Nk, dgate_up, ddown = (_empty_like(self._inputs[place]) for place in (0, 1, 4, 5))
         dtype = self._inputs[0].dtype
         self._call("experts_backward", grad_ND.to(dtype).contiguous(), dx_ND, dweights_Nk, dgate_up, ddown)
         return dx_ND.to(dtype), dweights_Nk, dgate_up, ddown
-
-    def _like(self, place: int) -> Tensor:
-        return _empty_like(self._inputs[place])
 
     def _call(self, name: str, *tensors: Tensor) -> None:
         _call(name, self._inputs[0].dtype, self._structure, *tensors)
